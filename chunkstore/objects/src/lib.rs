@@ -1,0 +1,121 @@
+//! The one object client of the project: a flat store of small and large immutable objects.
+//!
+//! A store maps a key (`packs/3f/3f9c…`) to bytes. Objects are created whole or not at all, never
+//! changed, and deleted; the one exception is [`ObjectStore::replace`], which a session's heartbeat
+//! uses. All calls block: concurrency is the caller's threads, so that their number, and the
+//! memory they hold, is decided in one place.
+//!
+//! [`local::LocalStore`] keeps objects as files below a directory. Every implementation passes the
+//! same contract suite (`testing::contract`).
+
+use std::io::IoSlice;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+mod error;
+mod key;
+pub mod local;
+#[cfg(feature = "testing")]
+pub mod testing;
+
+pub use error::{Error, ErrorKind, Result};
+
+/// What a listing tells about one object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ObjectMeta {
+    /// Full key, from the root of the store.
+    pub key: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// When the object was written, by the store's clock.
+    pub modified: SystemTime,
+}
+
+/// Outcome of a create-if-absent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Created {
+    /// The object did not exist and is now durable with exactly the given bytes.
+    New,
+    /// An object of that name was there already; it was left as it is.
+    AlreadyExists,
+}
+
+/// A flat store of objects.
+///
+/// Keys consist of `/`-separated, non-empty segments of `[a-z0-9._-]`, none of which starts with a
+/// dot; a segment has at most 255 bytes and a key at most 512. An implementation rejects other keys
+/// with [`ErrorKind::Invalid`]. A key is never also the folder of other keys: while `a/b` exists,
+/// creating or replacing `a` or `a/b/c` is [`ErrorKind::Invalid`] too.
+///
+/// # Guarantees every implementation gives
+/// - *Atomic*: an object is never visible in part, whatever crashes.
+/// - *Durable*: when [`create`](Self::create), [`replace`](Self::replace) or
+///   [`delete`](Self::delete) returns `Ok`, the effect survives a crash of the machine.
+/// - *Create-if-absent*: of any number of racing creators of one key exactly one gets
+///   [`Created::New`].
+/// - *Read after write*: a listing or read begun after an acknowledged write sees it.
+pub trait ObjectStore: Send + Sync {
+    /// Creates `key` with the concatenation of `parts`, unless it exists.
+    fn create(&self, key: &str, parts: &[IoSlice<'_>]) -> Result<Created>;
+
+    /// Creates `key` or replaces its content, atomically. Only for heartbeats: everything else in
+    /// a repository is written once.
+    fn replace(&self, key: &str, body: &[u8]) -> Result<()>;
+
+    /// Reads the whole object, refusing one larger than `limit` bytes before memory is taken.
+    fn read(&self, key: &str, limit: u64) -> Result<Vec<u8>>;
+
+    /// Fills `buf` from byte `offset` of the object on. [`ErrorKind::Truncated`] when the object
+    /// ends before `buf` is full.
+    fn read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<()>;
+
+    /// Size and time of one object; [`ErrorKind::NotFound`] when it does not exist.
+    fn stat(&self, key: &str) -> Result<ObjectMeta>;
+
+    /// Calls `each` for every object whose key starts with the folder `prefix` (which ends in `/`,
+    /// or is empty for all), in no particular order. Memory does not grow with the number of objects.
+    /// An error from `each` ends the listing and is returned.
+    fn list(&self, prefix: &str, each: &mut dyn FnMut(ObjectMeta) -> Result<()>) -> Result<()>;
+
+    /// Deletes the object. Deleting one that does not exist is no error.
+    fn delete(&self, key: &str) -> Result<()>;
+
+    /// Where the store is, for messages: a path or URL without secrets.
+    fn location(&self) -> String;
+}
+
+/// A shared store is a store, so that one can be watched and used at the same time.
+impl<S: ObjectStore + ?Sized> ObjectStore for Arc<S> {
+    fn create(&self, key: &str, parts: &[IoSlice<'_>]) -> Result<Created> {
+        (**self).create(key, parts)
+    }
+
+    fn replace(&self, key: &str, body: &[u8]) -> Result<()> {
+        (**self).replace(key, body)
+    }
+
+    fn read(&self, key: &str, limit: u64) -> Result<Vec<u8>> {
+        (**self).read(key, limit)
+    }
+
+    fn read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<()> {
+        (**self).read_at(key, offset, buf)
+    }
+
+    fn stat(&self, key: &str) -> Result<ObjectMeta> {
+        (**self).stat(key)
+    }
+
+    fn list(&self, prefix: &str, each: &mut dyn FnMut(ObjectMeta) -> Result<()>) -> Result<()> {
+        (**self).list(prefix, each)
+    }
+
+    fn delete(&self, key: &str) -> Result<()> {
+        (**self).delete(key)
+    }
+
+    fn location(&self) -> String {
+        (**self).location()
+    }
+}

@@ -1,0 +1,241 @@
+//! The small sealed objects: configuration, snapshots, sessions, tombstones, marks.
+//!
+//! Their plaintext is JSON, except the list of tombstones, which is 16 bytes a pack. Unknown fields are
+//! ignored, so that later versions may add some; what must be understood goes into `features`.
+
+use std::collections::BTreeMap;
+use std::io::IoSlice;
+
+use objects::{Created, ObjectStore};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::chunker::ChunkerConfig;
+use crate::codec::seal::{Keyring, ObjectKind, open_record, seal_record};
+use crate::error::{Error, Result};
+use crate::id::{GenerationId, PackId, SnapshotId};
+use crate::limits::{RECORD_BYTES_MAX, TOMBSTONES_BYTES_MAX};
+use crate::tree::NodeRef;
+
+/// Name of the configuration object.
+pub const CONFIG: &str = "config";
+/// Folder of the verdicts on sessions: snapshots, and marks of fenced sessions.
+pub const SNAPSHOTS: &str = "snapshots/";
+/// Folder of the marks that a snapshot is forgotten.
+pub const FORGOTTEN: &str = "forgotten/";
+/// Folder of the announcements of sessions.
+pub const SESSIONS: &str = "sessions/";
+/// Folder of the lists of packs about to be deleted.
+pub const TOMBSTONES: &str = "tombstones/";
+
+/// What is fixed when a repository is made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Config {
+    /// When the repository was made.
+    pub created: jiff::Timestamp,
+    /// How files are cut.
+    pub chunker: ChunkerConfig,
+    /// Names of features a program must know to use the repository.
+    pub features: Vec<String>,
+}
+
+/// Counts kept in a snapshot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Summary {
+    /// Regular files, links and special files.
+    pub files: u64,
+    /// Folders.
+    pub dirs: u64,
+    /// Bytes of all files, holes included.
+    pub bytes: u64,
+    /// Bytes read from the source.
+    pub bytes_read: u64,
+    /// Bytes this backup added to the repository.
+    pub bytes_stored: u64,
+    /// Data blobs this backup added.
+    pub blobs_new: u64,
+    /// Files read because they were new or looked changed.
+    pub files_changed: u64,
+    /// Files taken over from the parent unread.
+    pub files_unmodified: u64,
+    /// Files and attributes that could not be saved, or changed meanwhile.
+    pub warnings: u64,
+    /// How many of the warnings are files of which nothing could be saved.
+    pub files_unreadable: u64,
+}
+
+/// A committed snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Root of the tree.
+    pub root: NodeRef,
+    /// Height of the tree: 0 if the root is a leaf.
+    pub level: u8,
+    /// Identity of what was saved, across backups.
+    pub lineage: String,
+    /// Machine it was saved on.
+    pub host: String,
+    /// Folder it was saved from, as text.
+    pub path: String,
+    /// Tags.
+    #[serde(default)]
+    pub tags: BTreeMap<String, String>,
+    /// When the backup began, by the clock of the machine.
+    pub started: jiff::Timestamp,
+    /// When it ended.
+    pub finished: jiff::Timestamp,
+    /// The snapshot it was compared with.
+    pub parent: Option<SnapshotId>,
+    #[serde(default)]
+    pub summary: Summary,
+    /// Program and version that wrote it.
+    pub program: String,
+}
+
+/// How a session ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "verdict", rename_all = "kebab-case")]
+pub enum Verdict {
+    /// It committed this snapshot.
+    Snapshot(Box<Snapshot>),
+    /// A garbage collection declared it dead; it can never commit.
+    Fenced {
+        /// When.
+        at: jiff::Timestamp,
+    },
+}
+
+/// The announcement of a writer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Session {
+    /// What it does: `backup`.
+    pub purpose: String,
+    /// Machine and process, for people.
+    pub writer: String,
+    /// When it began, by the writer's clock; for people only.
+    pub started: jiff::Timestamp,
+    /// Counts renewals.
+    pub heartbeat: u64,
+}
+
+/// The mark that a snapshot is forgotten.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forgotten {
+    /// When.
+    pub at: jiff::Timestamp,
+}
+
+/// Packs that a garbage collection is about to delete.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tombstones {
+    /// Data packs, ascending.
+    pub data: Vec<PackId>,
+    /// Meta packs, ascending.
+    pub meta: Vec<PackId>,
+}
+
+impl Tombstones {
+    fn encode(&self) -> Vec<u8> {
+        let mut out = (self.data.len() as u64).to_le_bytes().to_vec();
+        self.data.iter().chain(&self.meta).for_each(|pack| out.extend_from_slice(&pack.0));
+        out
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
+        let (count, packs) = bytes.split_first_chunk()?;
+        let (packs, []) = packs.as_chunks::<16>() else {
+            return None;
+        };
+        let count = usize::try_from(u64::from_le_bytes(*count)).ok()?;
+        let (data, meta) = packs.split_at_checked(count)?;
+        let ids = |packs: &[[u8; 16]]| packs.iter().copied().map(PackId).collect();
+        Some(Self { data: ids(data), meta: ids(meta) })
+    }
+}
+
+/// Name of the verdict on session `id`, which is the snapshot if it committed.
+pub fn snapshot_name(id: SnapshotId) -> String {
+    format!("{SNAPSHOTS}{id}")
+}
+
+/// Name of the mark that snapshot `id` is forgotten.
+pub fn forgotten_name(id: SnapshotId) -> String {
+    format!("{FORGOTTEN}{id}")
+}
+
+/// Name of the announcement of session `id`.
+pub fn session_name(id: SnapshotId) -> String {
+    format!("{SESSIONS}{id}")
+}
+
+/// Name of the tombstones of garbage collection `id`.
+pub fn tombstones_name(id: GenerationId) -> String {
+    format!("{TOMBSTONES}{id}")
+}
+
+/// The sealed object of a JSON record.
+pub fn seal_json<T: Serialize>(keys: &Keyring, kind: ObjectKind, name: &str, value: &T) -> Vec<u8> {
+    let plain = serde_json::to_vec(value).expect("records are plain data");
+    seal_record(keys, kind, name, &plain)
+}
+
+/// Seals `value` and creates its object.
+///
+/// # Errors
+/// Those of the store.
+pub fn create_json<T: Serialize>(
+    store: &dyn ObjectStore,
+    keys: &Keyring,
+    kind: ObjectKind,
+    name: &str,
+    value: &T,
+) -> Result<Created> {
+    let object = seal_json(keys, kind, name, value);
+    Ok(store.create(name, &[IoSlice::new(&object)])?)
+}
+
+/// Reads and opens a JSON record.
+///
+/// # Errors
+/// `NotFound`, `Corrupt`, and those of the store.
+pub fn read_json<T: DeserializeOwned>(
+    store: &dyn ObjectStore,
+    keys: &Keyring,
+    kind: ObjectKind,
+    name: &str,
+) -> Result<T> {
+    let object = store.read(name, RECORD_BYTES_MAX)?;
+    let plain = open_record(keys, kind, name, object)?;
+    serde_json::from_slice(&plain).map_err(|error| Error::corrupt(name, error))
+}
+
+/// Publishes the tombstones of garbage collection `id`.
+///
+/// # Errors
+/// Those of the store.
+pub fn create_tombstones(
+    store: &dyn ObjectStore,
+    keys: &Keyring,
+    id: GenerationId,
+    tombstones: &Tombstones,
+) -> Result<Created> {
+    let name = tombstones_name(id);
+    let object = seal_record(keys, ObjectKind::Tombstones, &name, &tombstones.encode());
+    Ok(store.create(&name, &[IoSlice::new(&object)])?)
+}
+
+/// Reads the tombstones of garbage collection `id`.
+///
+/// # Errors
+/// `NotFound`, `Corrupt`, and those of the store.
+pub fn read_tombstones(
+    store: &dyn ObjectStore,
+    keys: &Keyring,
+    id: GenerationId,
+) -> Result<Tombstones> {
+    let name = tombstones_name(id);
+    let object = store.read(&name, TOMBSTONES_BYTES_MAX)?;
+    let plain = open_record(keys, ObjectKind::Tombstones, &name, object)?;
+    Tombstones::decode(&plain).ok_or_else(|| Error::corrupt(name, "its length is impossible"))
+}

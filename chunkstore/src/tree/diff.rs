@@ -1,0 +1,130 @@
+//! What differs between two trees. Equal leaves are skipped without being compared.
+
+use super::cursor::{EntryCursor, NodeSource, TreeCursor};
+use super::entry::{Body, Content, Entry, Node};
+use super::node::NodeRef;
+use crate::error::Result;
+
+/// A difference.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// Only the second tree has it.
+    Added(Entry),
+    /// Only the first tree has it.
+    Removed(Entry),
+    /// Both have it, and the content or kind differs.
+    Content(Entry, Entry),
+    /// Both have it with the same content, and owner, mode, times or attributes differ.
+    Metadata(Entry, Entry),
+}
+
+/// Calls `each` for every difference, in order of paths.
+///
+/// # Errors
+/// When a node of either tree cannot be read, and those of `each`.
+pub fn diff(
+    source: &dyn NodeSource,
+    first: (NodeRef, u8),
+    second: (NodeRef, u8),
+    each: &mut dyn FnMut(Change) -> Result<()>,
+) -> Result<()> {
+    let mut old = EntryCursor::new(TreeCursor::new(source, first.0, first.1));
+    let mut new = EntryCursor::new(TreeCursor::new(source, second.0, second.1));
+    loop {
+        while skip_equal_leaf(&mut old, &mut new)? {}
+        let order = match (old.peek()?, new.peek()?) {
+            (None, None) => return Ok(()),
+            (Some(_), None) => std::cmp::Ordering::Less,
+            (None, Some(_)) => std::cmp::Ordering::Greater,
+            (Some(a), Some(b)) => a.key.cmp(&b.key),
+        };
+        let mut before = None;
+        let mut after = None;
+        if order.is_le() {
+            before = take(&mut old)?;
+        }
+        if order.is_ge() {
+            after = take(&mut new)?;
+        }
+        match (before, after) {
+            (Some(a), Some(b)) => compare(a, b, each)?,
+            (Some((a, _)), None) => each(Change::Removed(a))?,
+            (None, Some((b, _))) => each(Change::Added(b))?,
+            (None, None) => {}
+        }
+    }
+}
+
+/// Steps over a leaf that both trees have, if both cursors stand at its beginning.
+fn skip_equal_leaf(old: &mut EntryCursor<'_>, new: &mut EntryCursor<'_>) -> Result<bool> {
+    let (Some((a, 0)), Some((b, 0))) = (old.peek_at()?, new.peek_at()?) else {
+        return Ok(false);
+    };
+    if a.child.node.id != b.child.node.id {
+        return Ok(false);
+    }
+    for _ in 0..a.leaf.entries.len() {
+        old.advance();
+        new.advance();
+    }
+    Ok(true)
+}
+
+/// A node entry, with a hash of the extent entries that follow it.
+fn take(cursor: &mut EntryCursor<'_>) -> Result<Option<(Entry, blake3::Hash)>> {
+    let Some(entry) = cursor.peek()?.cloned() else {
+        return Ok(None);
+    };
+    cursor.advance();
+    let mut extents = blake3::Hasher::new();
+    while let Some(Body::Extent(chunks)) = cursor.peek()?.map(|entry| &entry.body) {
+        for chunk in chunks {
+            extents.update(&chunk.offset.to_le_bytes()).update(&chunk.blob.id.0);
+        }
+        cursor.advance();
+    }
+    Ok(Some((entry, extents.finalize())))
+}
+
+fn compare(
+    (a, a_extents): (Entry, blake3::Hash),
+    (b, b_extents): (Entry, blake3::Hash),
+    each: &mut dyn FnMut(Change) -> Result<()>,
+) -> Result<()> {
+    let (Some(before), Some(after)) = (a.node(), b.node()) else {
+        return Ok(());
+    };
+    let same_content = before.kind == after.kind
+        && before.size == after.size
+        && before.rdev == after.rdev
+        && a_extents == b_extents
+        && content_key(before) == content_key(after);
+    if !same_content {
+        each(Change::Content(a, b))
+    } else if metadata_key(before) != metadata_key(after) {
+        each(Change::Metadata(a, b))
+    } else {
+        Ok(())
+    }
+}
+
+/// What identifies the content: names of blobs, not where they lie.
+fn content_key(node: &Node) -> Vec<u8> {
+    let mut key = Vec::new();
+    match &node.content {
+        Content::None | Content::Extents => {}
+        Content::Inline(bytes) => key.extend_from_slice(bytes),
+        Content::Part { hash, .. } => key.extend_from_slice(hash),
+        Content::Chunks(chunks) => {
+            for chunk in chunks {
+                key.extend_from_slice(&chunk.offset.to_le_bytes());
+                key.extend_from_slice(&chunk.blob.id.0);
+            }
+        }
+    }
+    key
+}
+
+fn metadata_key(node: &Node) -> impl PartialEq + '_ {
+    (node.mode, node.uid, node.gid, node.mtime, &node.xattrs)
+}
