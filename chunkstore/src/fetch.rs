@@ -109,8 +109,9 @@ impl Reader {
             Ok(pack) => pack,
             Err(error) => return fail_all(&error, task, deliver),
         };
-        let blobs: Vec<_> =
-            task.chunk_by(|a, b| a.blob.location == b.blob.location).collect();
+        let blobs: Vec<_> = task
+            .chunk_by(|a, b| a.blob.location == b.blob.location)
+            .collect();
         let mut rest = &blobs[..];
         while !rest.is_empty() {
             let len = run_length(&pack, rest);
@@ -141,9 +142,12 @@ impl Reader {
             (Err(error), _) | (_, Err(error)) => return fail_all(&error, &run.concat(), deliver),
         };
         let from = first.offset;
-        self.sealed.resize((last.offset + last.stored_len - from) as usize, 0);
+        self.sealed
+            .resize((last.offset + last.stored_len - from) as usize, 0);
         if let Err(error) =
-            repository.store().read_at(pack.name(), u64::from(from), &mut self.sealed)
+            repository
+                .store()
+                .read_at(pack.name(), u64::from(from), &mut self.sealed)
         {
             return fail_all(&error.into(), &run.concat(), deliver);
         }
@@ -153,7 +157,13 @@ impl Reader {
                 let at = (entry.offset - from) as usize;
                 let sealed = &mut self.sealed[at..at + entry.stored_len as usize];
                 let keys = repository.keys();
-                pack.decode(keys, ordinal, sealed, &mut self.decompressor, &mut self.plain)
+                pack.decode(
+                    keys,
+                    ordinal,
+                    sealed,
+                    &mut self.decompressor,
+                    &mut self.plain,
+                )
             });
             deliver(decoded.map(|()| &self.plain[..]), wants)
         })
@@ -162,13 +172,18 @@ impl Reader {
 
 /// How many of the first of `blobs` are close enough together to be read at once.
 fn run_length(pack: &Pack, blobs: &[&[Want]]) -> usize {
-    let place = |wants: &[Want]| pack.entry(wants[0].blob.location.ordinal, &wants[0].blob.id).ok();
+    let place = |wants: &[Want]| {
+        pack.entry(wants[0].blob.location.ordinal, &wants[0].blob.id)
+            .ok()
+    };
     let Some(first) = place(blobs[0]) else {
         return 1;
     };
     let mut end = first.offset + first.stored_len;
     let follows = |wants: &&&[Want]| {
-        let Some(next) = place(wants) else { return false };
+        let Some(next) = place(wants) else {
+            return false;
+        };
         let near = next.offset - end <= GAP_BYTES;
         end = next.offset + next.stored_len;
         near && (end - first.offset) as usize <= READ_BYTES

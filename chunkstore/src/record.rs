@@ -27,6 +27,10 @@ pub const FORGOTTEN: &str = "forgotten/";
 pub const SESSIONS: &str = "sessions/";
 /// Folder of the lists of packs about to be deleted.
 pub const TOMBSTONES: &str = "tombstones/";
+/// Folder of the lists of sessions that a garbage collection waits for.
+pub const WAITS: &str = "waits/";
+/// Folder of the final decisions which packs of a garbage collection are deleted.
+pub const DOOMED: &str = "doomed/";
 
 /// What is fixed when a repository is made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,6 +91,7 @@ pub struct Snapshot {
     pub finished: jiff::Timestamp,
     /// The snapshot it was compared with.
     pub parent: Option<SnapshotId>,
+    /// Counts.
     #[serde(default)]
     pub summary: Summary,
     /// Program and version that wrote it.
@@ -126,6 +131,13 @@ pub struct Forgotten {
     pub at: jiff::Timestamp,
 }
 
+/// The sessions that were announced after the tombstones of a garbage collection were published.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waits {
+    /// Their names; garbage collections themselves are left out.
+    pub sessions: Vec<SnapshotId>,
+}
+
 /// Packs that a garbage collection is about to delete.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Tombstones {
@@ -138,7 +150,10 @@ pub struct Tombstones {
 impl Tombstones {
     fn encode(&self) -> Vec<u8> {
         let mut out = (self.data.len() as u64).to_le_bytes().to_vec();
-        self.data.iter().chain(&self.meta).for_each(|pack| out.extend_from_slice(&pack.0));
+        self.data
+            .iter()
+            .chain(&self.meta)
+            .for_each(|pack| out.extend_from_slice(&pack.0));
         out
     }
 
@@ -150,7 +165,10 @@ impl Tombstones {
         let count = usize::try_from(u64::from_le_bytes(*count)).ok()?;
         let (data, meta) = packs.split_at_checked(count)?;
         let ids = |packs: &[[u8; 16]]| packs.iter().copied().map(PackId).collect();
-        Some(Self { data: ids(data), meta: ids(meta) })
+        Some(Self {
+            data: ids(data),
+            meta: ids(meta),
+        })
     }
 }
 
@@ -172,6 +190,16 @@ pub fn session_name(id: SnapshotId) -> String {
 /// Name of the tombstones of garbage collection `id`.
 pub fn tombstones_name(id: GenerationId) -> String {
     format!("{TOMBSTONES}{id}")
+}
+
+/// Name of the list of sessions that garbage collection `id` waits for.
+pub fn waits_name(id: GenerationId) -> String {
+    format!("{WAITS}{id}")
+}
+
+/// Name of the decision which packs of garbage collection `id` are deleted.
+pub fn doomed_name(id: GenerationId) -> String {
+    format!("{DOOMED}{id}")
 }
 
 /// The sealed object of a JSON record.
@@ -220,9 +248,7 @@ pub fn create_tombstones(
     id: GenerationId,
     tombstones: &Tombstones,
 ) -> Result<Created> {
-    let name = tombstones_name(id);
-    let object = seal_record(keys, ObjectKind::Tombstones, &name, &tombstones.encode());
-    Ok(store.create(&name, &[IoSlice::new(&object)])?)
+    create_packs(store, keys, &tombstones_name(id), tombstones)
 }
 
 /// Reads the tombstones of garbage collection `id`.
@@ -234,8 +260,46 @@ pub fn read_tombstones(
     keys: &Keyring,
     id: GenerationId,
 ) -> Result<Tombstones> {
-    let name = tombstones_name(id);
-    let object = store.read(&name, TOMBSTONES_BYTES_MAX)?;
-    let plain = open_record(keys, ObjectKind::Tombstones, &name, object)?;
+    read_packs(store, keys, &tombstones_name(id))
+}
+
+/// Decides which packs of garbage collection `id` are deleted, unless that is decided.
+///
+/// # Errors
+/// Those of the store.
+pub fn create_doomed(
+    store: &dyn ObjectStore,
+    keys: &Keyring,
+    id: GenerationId,
+    doomed: &Tombstones,
+) -> Result<Created> {
+    create_packs(store, keys, &doomed_name(id), doomed)
+}
+
+/// Reads the decision which packs of garbage collection `id` are deleted.
+///
+/// # Errors
+/// `NotFound`, `Corrupt`, and those of the store.
+pub fn read_doomed(
+    store: &dyn ObjectStore,
+    keys: &Keyring,
+    id: GenerationId,
+) -> Result<Tombstones> {
+    read_packs(store, keys, &doomed_name(id))
+}
+
+fn create_packs(
+    store: &dyn ObjectStore,
+    keys: &Keyring,
+    name: &str,
+    packs: &Tombstones,
+) -> Result<Created> {
+    let object = seal_record(keys, ObjectKind::Tombstones, name, &packs.encode());
+    Ok(store.create(name, &[IoSlice::new(&object)])?)
+}
+
+fn read_packs(store: &dyn ObjectStore, keys: &Keyring, name: &str) -> Result<Tombstones> {
+    let object = store.read(name, TOMBSTONES_BYTES_MAX)?;
+    let plain = open_record(keys, ObjectKind::Tombstones, name, object)?;
     Tombstones::decode(&plain).ok_or_else(|| Error::corrupt(name, "its length is impossible"))
 }

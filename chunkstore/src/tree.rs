@@ -26,4 +26,6 @@ pub use diff::{Change, diff};
 pub use entry::{
     BlobRef, Body, Chunk, Content, Entry, Kind, Node, Timestamp, Xattrs, child_key, extent_key,
 };
-pub use node::{ChildRef, Interior, Leaf, Liveness, NodeRef, PackUse, decode_interior, decode_leaf};
+pub use node::{
+    ChildRef, Interior, Leaf, Liveness, NodeRef, PackUse, decode_interior, decode_leaf,
+};

@@ -171,8 +171,18 @@ impl Writer {
         };
         let tombstoned = read_all_tombstones(&repository)?;
         let (base, _) = Index::open(store, keys, settings.filter_bytes / 2)?;
-        let usable = UsablePacks { present: list_packs(&repository)?, tombstoned };
-        Ok(Self::start(repository, settings, session.clone(), id, base, usable))
+        let usable = UsablePacks {
+            present: list_packs(&repository)?,
+            tombstoned,
+        };
+        Ok(Self::start(
+            repository,
+            settings,
+            session.clone(),
+            id,
+            base,
+            usable,
+        ))
     }
 
     fn start(
@@ -190,8 +200,12 @@ impl Writer {
             settings.pack_buffers,
             &uploads,
         );
-        let (meta, meta_buffers) =
-            Packer::new(PackClass::Meta, META_PACK_TARGET_BYTES, META_PACK_BUFFERS, &uploads);
+        let (meta, meta_buffers) = Packer::new(
+            PackClass::Meta,
+            META_PACK_TARGET_BYTES,
+            META_PACK_BUFFERS,
+            &uploads,
+        );
         let own = RwLock::new(Index::empty(settings.filter_bytes / 2));
         let shared = Arc::new(Shared {
             repository,
@@ -216,7 +230,11 @@ impl Writer {
                 let (data, meta) = (data_buffers.clone(), meta_buffers.clone());
                 std::thread::spawn(move || {
                     for pack in sealed {
-                        let back = if pack.class == PackClass::Data { &data } else { &meta };
+                        let back = if pack.class == PackClass::Data {
+                            &data
+                        } else {
+                            &meta
+                        };
                         let buffer = shared.upload(pack);
                         // Nobody waits for buffers once the packers are gone.
                         let _unneeded = back.send(buffer);
@@ -229,7 +247,12 @@ impl Writer {
             let shared = shared.clone();
             std::thread::spawn(move || shared.keep_alive(session, &stop))
         };
-        Self { shared, uploaders, heartbeat: Some(heartbeat), stop_heartbeat }
+        Self {
+            shared,
+            uploaders,
+            heartbeat: Some(heartbeat),
+            stop_heartbeat,
+        }
     }
 
     /// Name of the session, and of the snapshot it will be.
@@ -268,15 +291,17 @@ impl Writer {
         }
     }
 
-    /// Makes everything durable and commits `snapshot`.
+    /// Makes everything durable and commits the snapshot that `snapshot` makes, which is told how
+    /// many bytes were stored.
     ///
     /// # Errors
     /// `Fenced` when a garbage collection has declared the session dead; those of the store. Nothing
     /// is committed then.
-    pub fn commit(mut self, snapshot: Snapshot) -> Result<SnapshotId> {
+    pub fn commit(mut self, snapshot: impl FnOnce(u64) -> Snapshot) -> Result<SnapshotId> {
         self.drain()?;
         self.shared.consolidate_segments()?;
-        self.shared.commit(snapshot)?;
+        let stored = self.shared.counters.bytes_stored.load(Ordering::Relaxed);
+        self.shared.commit(snapshot(stored))?;
         self.stop_heartbeat();
         self.shared.end();
         Ok(self.shared.id)
@@ -299,7 +324,8 @@ impl Writer {
         let closed = self.shared.close_packs();
         for uploader in self.uploaders.drain(..) {
             if uploader.join().is_err() {
-                self.shared.fail(Error::new(ErrorKind::Store, "an upload panicked"));
+                self.shared
+                    .fail(Error::new(ErrorKind::Store, "an upload panicked"));
             }
         }
         closed?;
@@ -312,7 +338,10 @@ impl Writer {
         if let Some(heartbeat) = self.heartbeat.take() {
             // Either it is waiting for this, or it has ended.
             let _sent = self.stop_heartbeat.send_timeout((), Duration::from_secs(1));
-            drop(std::mem::replace(&mut self.stop_heartbeat, crossbeam_channel::bounded(0).0));
+            drop(std::mem::replace(
+                &mut self.stop_heartbeat,
+                crossbeam_channel::bounded(0).0,
+            ));
             let _ended = heartbeat.join();
         }
     }
@@ -342,7 +371,11 @@ impl NodeSink for Writer {
         let mut compressor = lock(&shared.node_compressor);
         let mut meta = lock(&shared.meta);
         if let Some(location) = meta.fresh.get(&id) {
-            return Ok(NodeRef { id, pack: location.pack, ordinal: location.ordinal });
+            return Ok(NodeRef {
+                id,
+                pack: location.pack,
+                ordinal: location.ordinal,
+            });
         }
         let Location { pack, ordinal } =
             meta.push(shared, id, kind, plain, compressor.compress(plain))?;
@@ -362,7 +395,17 @@ impl Packer {
             back.send(Vec::new()).expect("the receiver is held");
         }
         let uploads = Some(uploads.clone());
-        (Self { class, target, open: None, free, uploads, fresh: HashMap::new() }, back)
+        (
+            Self {
+                class,
+                target,
+                open: None,
+                free,
+                uploads,
+                fresh: HashMap::new(),
+            },
+            back,
+        )
     }
 
     /// Adds a blob to the open pack, and closes the pack when it is full.
@@ -382,9 +425,11 @@ impl Packer {
             None => (Compression::None, plain),
         };
         // A nearly full pack is closed rather than outgrown, so buffers keep their size.
-        if self.open.as_ref().is_some_and(|pack| {
-            !pack.is_empty() && pack.len() + stored.len() > self.buffer_bytes()
-        }) {
+        if self
+            .open
+            .as_ref()
+            .is_some_and(|pack| !pack.is_empty() && pack.len() + stored.len() > self.buffer_bytes())
+        {
             self.close(shared)?;
         }
         let buffer_bytes = self.buffer_bytes();
@@ -394,7 +439,11 @@ impl Packer {
                 let mut buffer = self.free.recv().map_err(|_| shared.failure())?;
                 buffer.clear();
                 buffer.reserve_exact(buffer_bytes);
-                none.insert(PackBuilder::new(shared.repository.keys(), self.class, buffer))
+                none.insert(PackBuilder::new(
+                    shared.repository.keys(),
+                    self.class,
+                    buffer,
+                ))
             }
         };
         let location = pack.push(id, kind, compression, stored, plain.len());
@@ -414,8 +463,15 @@ impl Packer {
         let Some(pack) = self.open.take() else {
             return Ok(());
         };
-        let sent = self.uploads.as_ref().map(|uploads| uploads.send(pack.finish()));
-        if let Some(Ok(())) = sent { Ok(()) } else { Err(shared.failure()) }
+        let sent = self
+            .uploads
+            .as_ref()
+            .map(|uploads| uploads.send(pack.finish()));
+        if let Some(Ok(())) = sent {
+            Ok(())
+        } else {
+            Err(shared.failure())
+        }
     }
 }
 
@@ -450,7 +506,9 @@ impl Shared {
         let store = self.repository.store();
         let own = self.own.read().unwrap_or_else(PoisonError::into_inner);
         own.get(store, id).or_else(|| {
-            self.base.get(store, id).filter(|location| self.usable.contains(location.pack))
+            self.base
+                .get(store, id)
+                .filter(|location| self.usable.contains(location.pack))
         })
     }
 
@@ -460,10 +518,16 @@ impl Shared {
             return pack.buffer;
         }
         let name = pack.class.object_name(pack.id);
-        match self.repository.store().create(&name, &[IoSlice::new(&pack.buffer)]) {
+        match self
+            .repository
+            .store()
+            .create(&name, &[IoSlice::new(&pack.buffer)])
+        {
             Ok(Created::New) => {
                 let bytes = pack.buffer.len() as u64;
-                self.counters.bytes_stored.fetch_add(bytes, Ordering::Relaxed);
+                self.counters
+                    .bytes_stored
+                    .fetch_add(bytes, Ordering::Relaxed);
                 let packs = self.counters.packs.fetch_add(1, Ordering::Relaxed) + 1;
                 if let Err(error) = self.note_durable(&pack, packs) {
                     self.fail(error);
@@ -483,10 +547,15 @@ impl Shared {
         if pack.class == PackClass::Meta {
             return Ok(());
         }
-        let place = |ordinal: usize| Location { pack: pack.id, ordinal: ordinal as u8 };
+        let place = |ordinal: usize| Location {
+            pack: pack.id,
+            ordinal: ordinal as u8,
+        };
         let numbered = || pack.entries.iter().enumerate();
         let receipt = DurablePack {
-            records: numbered().map(|(at, entry)| Record::new(&entry.id, place(at))).collect(),
+            records: numbered()
+                .map(|(at, entry)| Record::new(&entry.id, place(at)))
+                .collect(),
             ids: numbered().map(|(_, entry)| entry.id).collect(),
         };
         let due = {
@@ -515,7 +584,9 @@ impl Shared {
             lock(&self.own_segments).push(id);
         }
         let mut data = lock(&self.data);
-        packs.iter().flat_map(|pack| &pack.ids).for_each(|id| drop(data.fresh.remove(id)));
+        for id in packs.iter().flat_map(|pack| &pack.ids) {
+            data.fresh.remove(id);
+        }
         Ok(())
     }
 
@@ -550,8 +621,7 @@ impl Shared {
         let name = record::snapshot_name(self.id);
         let (store, keys) = (self.repository.store(), self.repository.keys());
         let verdict = Verdict::Snapshot(Box::new(snapshot));
-        let created =
-            record::create_json(store, keys, ObjectKind::Snapshot, &name, &verdict);
+        let created = record::create_json(store, keys, ObjectKind::Snapshot, &name, &verdict);
         match created {
             Ok(Created::New) => Ok(()),
             // Somebody was first: a garbage collection, or this very request, repeated.
@@ -566,15 +636,19 @@ impl Shared {
             (Ok(Some(verdict)), _) if verdict == *ours => Ok(()),
             (Ok(Some(_)), _) => Err(fenced()),
             (Ok(None), Some(error)) | (Err(error), _) => Err(error),
-            (Ok(None), None) => {
-                Err(Error::corrupt(record::snapshot_name(self.id), "it was there and is gone"))
-            }
+            (Ok(None), None) => Err(Error::corrupt(
+                record::snapshot_name(self.id),
+                "it was there and is gone",
+            )),
         }
     }
 
     /// Removes the announcement. If that fails, a garbage collection finds the session decided.
     fn end(&self) {
-        let _left_behind = self.repository.store().delete(&record::session_name(self.id));
+        let _left_behind = self
+            .repository
+            .store()
+            .delete(&record::session_name(self.id));
     }
 
     fn keep_alive(&self, mut session: Session, stop: &Receiver<()>) {
@@ -590,7 +664,10 @@ impl Shared {
             // by the verdict alone.
             let _missed = store.replace(&name, &object);
             if store.stat(&verdict_name).is_ok()
-                && matches!(self.repository.verdict(self.id), Ok(Some(Verdict::Fenced { .. })))
+                && matches!(
+                    self.repository.verdict(self.id),
+                    Ok(Some(Verdict::Fenced { .. }))
+                )
             {
                 self.fail(fenced());
                 return;
@@ -599,7 +676,11 @@ impl Shared {
     }
 
     fn check(&self) -> Result<()> {
-        if self.failed.load(Ordering::SeqCst) { Err(self.failure()) } else { Ok(()) }
+        if self.failed.load(Ordering::SeqCst) {
+            Err(self.failure())
+        } else {
+            Ok(())
+        }
     }
 
     fn fail(&self, error: Error) {
@@ -609,7 +690,9 @@ impl Shared {
 
     fn failure(&self) -> Error {
         let failure = lock(&self.failure);
-        failure.as_ref().map_or_else(Error::cancelled, Error::duplicate)
+        failure
+            .as_ref()
+            .map_or_else(Error::cancelled, Error::duplicate)
     }
 }
 

@@ -21,7 +21,9 @@ impl Filter {
     }
 
     pub(super) fn new(keys: usize) -> Self {
-        Self { blocks: vec![0; Self::size(keys)] }
+        Self {
+            blocks: vec![0; Self::size(keys)],
+        }
     }
 
     /// A stored filter; `None` if the length is impossible.
@@ -50,9 +52,8 @@ impl Filter {
 
     /// First byte of the key's block, and for each of its eight 32-bit lanes one bit.
     fn position(&self, id: &[u8; 16]) -> (usize, [u8; 8]) {
-        let word = |at: usize| {
-            u64::from_le_bytes(*id[at..].first_chunk().expect("two words of 8 bytes"))
-        };
+        let word =
+            |at: usize| u64::from_le_bytes(*id[at..].first_chunk().expect("two words of 8 bytes"));
         let blocks = (self.blocks.len() / BLOCK_BYTES) as u128;
         let block = (u128::from(word(0)) * blocks >> 64) as usize;
         let mut rest = word(8);
@@ -75,7 +76,9 @@ mod tests {
         let mut filter = Filter::new(10_000);
         (0..10_000).for_each(|n| filter.insert(id(n).0.first_chunk().unwrap()));
         assert!((0..10_000).all(|n| filter.may_contain(&id(n))));
-        let passed = (10_000..110_000).filter(|n| filter.may_contain(&id(*n))).count();
+        let passed = (10_000..110_000)
+            .filter(|n| filter.may_contain(&id(*n)))
+            .count();
         assert!(passed < 2500, "{passed} of 100,000");
         let again = Filter::from_bytes(filter.as_bytes().to_vec()).unwrap();
         assert!(again.may_contain(&id(1)));

@@ -12,7 +12,7 @@
 //! while it was read, is listed once.
 
 use super::dir::Dir;
-use super::meta::Kind;
+use super::meta::{Kind, kind_of};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RawDir, openat, unlinkat};
 use rustix::io::Errno;
 use std::cell::Cell;
@@ -87,7 +87,7 @@ impl Listing {
                 spill.write_table(table)?;
                 table.clear();
             }
-            table.push(name, Kind::of(entry.file_type()));
+            table.push(name, kind_of(entry.file_type()));
         }
         table.sort();
         let rest = TableReader {

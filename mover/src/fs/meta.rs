@@ -3,59 +3,31 @@
 //! `statx` and `fstatat` cost the same (1.1 µs warm on ext4, Linux 6.18, whatever the mask); `statx`
 //! has the same field widths on every architecture.
 
+pub use chunkstore::tree::{Kind, Timestamp};
 use rustix::fs::{FileType, Statx, StatxTimestamp, makedev};
+use std::fs::File;
 use std::io;
 
-/// What an entry is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Kind {
-    /// A regular file.
-    File,
-    /// A directory.
-    Dir,
-    /// A symbolic link.
-    Symlink,
-    /// A named pipe.
-    Fifo,
-    /// A socket's name.
-    Socket,
-    /// A character device.
-    CharDevice,
-    /// A block device.
-    BlockDevice,
+use super::dir::statx_fd;
+
+/// `None` for [`FileType::Unknown`]: the file system does not say.
+pub(super) fn kind_of(file_type: FileType) -> Option<Kind> {
+    Some(match file_type {
+        FileType::RegularFile => Kind::File,
+        FileType::Directory => Kind::Dir,
+        FileType::Symlink => Kind::Symlink,
+        FileType::Fifo => Kind::Fifo,
+        FileType::Socket => Kind::Socket,
+        FileType::CharacterDevice => Kind::CharDevice,
+        FileType::BlockDevice => Kind::BlockDevice,
+        FileType::Unknown => return None,
+    })
 }
 
-impl Kind {
-    /// `None` for [`FileType::Unknown`]: the file system does not say.
-    pub(super) fn of(file_type: FileType) -> Option<Self> {
-        Some(match file_type {
-            FileType::RegularFile => Self::File,
-            FileType::Directory => Self::Dir,
-            FileType::Symlink => Self::Symlink,
-            FileType::Fifo => Self::Fifo,
-            FileType::Socket => Self::Socket,
-            FileType::CharacterDevice => Self::CharDevice,
-            FileType::BlockDevice => Self::BlockDevice,
-            FileType::Unknown => return None,
-        })
-    }
-}
-
-/// A moment: `seconds` since 1970 plus `nanos`, which count forwards before 1970 too.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Timestamp {
-    /// Whole seconds since 1970, rounded down.
-    pub seconds: i64,
-    /// Nanoseconds on top, below 1,000,000,000.
-    pub nanos: u32,
-}
-
-impl From<StatxTimestamp> for Timestamp {
-    fn from(time: StatxTimestamp) -> Self {
-        Self {
-            seconds: time.tv_sec,
-            nanos: time.tv_nsec,
-        }
+fn timestamp(time: StatxTimestamp) -> Timestamp {
+    Timestamp {
+        seconds: time.tv_sec,
+        nanos: time.tv_nsec,
     }
 }
 
@@ -91,9 +63,14 @@ pub struct Meta {
 }
 
 impl Meta {
+    /// What an open file is now.
+    pub fn of_file(file: &File) -> io::Result<Self> {
+        Self::of(&statx_fd(file)?)
+    }
+
     pub(super) fn of(stat: &Statx) -> io::Result<Self> {
         let raw = u32::from(stat.stx_mode);
-        let kind = Kind::of(FileType::from_raw_mode(raw))
+        let kind = kind_of(FileType::from_raw_mode(raw))
             .ok_or_else(|| io::Error::other(format!("the entry has an unknown type ({raw:o})")))?;
         Ok(Self {
             kind,
@@ -101,8 +78,8 @@ impl Meta {
             uid: stat.stx_uid,
             gid: stat.stx_gid,
             size: stat.stx_size,
-            mtime: stat.stx_mtime.into(),
-            ctime: stat.stx_ctime.into(),
+            mtime: timestamp(stat.stx_mtime),
+            ctime: timestamp(stat.stx_ctime),
             dev: makedev(stat.stx_dev_major, stat.stx_dev_minor),
             ino: stat.stx_ino,
             nlink: u64::from(stat.stx_nlink),

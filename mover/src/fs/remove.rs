@@ -5,7 +5,7 @@
 //! continue elsewhere. A mounted file system in the tree (a bind mount too) ends it with `EBUSY`.
 
 use super::dir::{Dir, checked, statx_fd};
-use super::meta::{Kind, Meta};
+use super::meta::{Kind, Meta, kind_of};
 use rustix::fs::{AtFlags, RawDir, StatxAttributes, unlinkat};
 use rustix::io::Errno;
 use std::io;
@@ -138,7 +138,7 @@ impl Level {
             if matches!(name.to_bytes(), b"." | b"..") {
                 continue;
             }
-            if Kind::of(entry.file_type()) != Some(Kind::Dir) {
+            if kind_of(entry.file_type()) != Some(Kind::Dir) {
                 match unlinkat(dir, name, AtFlags::empty()) {
                     Ok(()) | Err(Errno::NOENT) => continue,
                     Err(Errno::ISDIR) => {}

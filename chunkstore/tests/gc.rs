@@ -1,0 +1,532 @@
+//! Garbage collection against sessions, crashes and other garbage collections.
+
+mod common;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use chunkstore::ErrorKind;
+use chunkstore::check::{CheckOptions, Finding, check};
+use chunkstore::id::SnapshotId;
+use chunkstore::repository::Repository;
+use common::*;
+use objects::testing::{Fault, FaultyStore, MemoryStore, Op, keys};
+
+fn bytes(store: &MemoryStore) -> u64 {
+    let mut bytes = 0;
+    objects::ObjectStore::list(store, "", &mut |meta| {
+        bytes += meta.size;
+        Ok(())
+    })
+    .unwrap();
+    bytes
+}
+
+fn assert_clean(repository: &Repository, context: &str) {
+    let mut findings: Vec<Finding> = Vec::new();
+    check(
+        repository,
+        &CheckOptions::default(),
+        &mut |f| findings.push(f),
+        &|_| {},
+    )
+    .unwrap();
+    assert!(findings.is_empty(), "{context}: {findings:#?}");
+}
+
+/// Nothing is left that no snapshot uses, and no garbage collection is under way.
+fn assert_converged(repository: &Repository, context: &str) {
+    let report = run_prune(repository);
+    let report = if report.plan.doomed_bytes() > 0 {
+        run_prune(repository)
+    } else {
+        report
+    };
+    let plan = &report.plan;
+    assert_eq!(
+        (plan.data.dead_packs, plan.meta.dead_packs),
+        (0, 0),
+        "{context}: {plan}"
+    );
+    for folder in ["tombstones/", "waits/", "doomed/", "sessions/"] {
+        assert_eq!(keys(repository.store(), folder), [""; 0], "{context}");
+    }
+    assert_clean(repository, context);
+}
+
+/// Three snapshots: the first two share most files, the third is on its own.
+struct Three {
+    store: Arc<MemoryStore>,
+    repository: Arc<Repository>,
+    expected: Expected,
+    ids: [SnapshotId; 3],
+}
+
+fn three() -> Three {
+    let store = Arc::new(MemoryStore::new());
+    let repository = create(&store);
+    let first = files(1, 30, 1500);
+    let mut second = files(1, 20, 1500);
+    second.extend((0..1200).map(|n| (format!("small{n:05}"), noise(n, 20))));
+    let third = files(3, 40, 5000);
+    let all = [first, second, third];
+    let ids = all
+        .each_ref()
+        .map(|files| backup(&repository, files).unwrap());
+    let expected = ids.into_iter().zip(all).collect();
+    store.set_now(hour(24));
+    Three {
+        store,
+        repository,
+        expected,
+        ids,
+    }
+}
+
+#[test]
+fn with_no_session_one_run_deletes_everything_unused() {
+    let Three {
+        store,
+        repository,
+        expected,
+        ids,
+    } = three();
+    assert_clean(&repository, "before");
+    assert_eq!(run_prune(&repository).packs_deleted, 0);
+    let before = bytes(&store);
+    repository.forget(ids[2], time(hour(24))).unwrap();
+    let report = run_prune(&repository);
+    assert!(report.bytes_deleted > 200_000, "{report}");
+    assert!(before - bytes(&store) > 200_000);
+    assert_eq!(report.snapshots_deleted, 1);
+    assert_eq!(assert_intact(&repository, &expected, "after"), 2);
+    assert_converged(&repository, "after");
+    // Its data is stored anew, not referred to.
+    let again = backup(&repository, &expected[&ids[2]]).unwrap();
+    let expected = expected
+        .into_iter()
+        .chain([(again, files(3, 40, 5000))])
+        .collect();
+    assert_eq!(assert_intact(&repository, &expected, "stored again"), 3);
+}
+
+#[test]
+fn a_dry_run_writes_nothing() {
+    let Three {
+        store,
+        repository,
+        ids,
+        ..
+    } = three();
+    repository.forget(ids[2], time(hour(24))).unwrap();
+    let before = store.keys();
+    let settings = chunkstore::gc::PruneSettings {
+        dry_run: true,
+        ..Default::default()
+    };
+    let report = chunkstore::gc::prune(&repository, &settings, time(hour(24)), &|_| {}).unwrap();
+    assert!(report.plan.doomed_bytes() > 200_000);
+    assert_eq!(store.keys(), before);
+    assert!(report.to_string().contains("dry run"));
+    assert!(
+        serde_json::to_string(&report)
+            .unwrap()
+            .contains("doomed_packs")
+    );
+}
+
+#[test]
+fn statistics_tell_used_partly_used_and_dead_packs() {
+    let Three {
+        repository, ids, ..
+    } = three();
+    repository.forget(ids[0], time(hour(24))).unwrap();
+    repository.forget(ids[2], time(hour(24))).unwrap();
+    let stats = chunkstore::gc::stats(&repository, &|_| {}).unwrap();
+    assert_eq!(
+        (stats.snapshots, stats.data.used_blobs, stats.data.blobs),
+        (1, 20, 30 + 120)
+    );
+    assert!(
+        stats.data.dead_packs > 0 && stats.data.whole_packs > 0,
+        "{stats}"
+    );
+    assert_eq!(stats.data.used_plain_bytes, 20 * 1500);
+}
+
+#[test]
+fn a_silent_session_holds_up_deletion_until_the_grace_is_over_and_then_cannot_commit() {
+    let Three {
+        store,
+        repository,
+        expected,
+        ids,
+    } = three();
+    let writer = begin(&repository).unwrap();
+    let snapshot = fill(&writer, &repository, &files(9, 5, 1500)).unwrap();
+    repository.forget(ids[2], time(hour(24))).unwrap();
+    let report = run_prune(&repository);
+    assert_eq!((report.packs_deleted, report.waiting.len()), (0, 1));
+    let text = report.waiting[0].to_string();
+    assert!(
+        text.contains("wait for backup") && text.contains("of host x, silent for 0 s"),
+        "{text}"
+    );
+    store.set_now(hour(25));
+    let report = run_prune(&repository);
+    assert_eq!(
+        (report.fenced.len(), report.waiting.len()),
+        (1, 0),
+        "{report}"
+    );
+    assert!(report.packs_deleted > 0);
+    let error = writer.commit(|_| snapshot).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Fenced, "{error}");
+    assert_eq!(assert_intact(&repository, &expected, "after"), 2);
+    assert_converged(&repository, "after");
+    // The mark of the fence goes in time.
+    assert_eq!(repository.list_snapshots().unwrap().fenced.len(), 1);
+    store.set_now(hour(25 + 31 * 24));
+    run_prune(&repository);
+    assert_eq!(repository.list_snapshots().unwrap().fenced.len(), 0);
+    assert_eq!(keys(&*store, "forgotten/"), [""; 0]);
+    assert_eq!(keys(&*store, "snapshots/").len(), 2);
+}
+
+#[test]
+fn a_session_that_gives_signs_of_life_is_waited_for() {
+    let Three {
+        store,
+        repository,
+        mut expected,
+        ids,
+    } = three();
+    let writer = begin(&repository).unwrap();
+    let added = files(9, 5, 1500);
+    let snapshot = fill(&writer, &repository, &added).unwrap();
+    repository.forget(ids[2], time(hour(24))).unwrap();
+    run_prune(&repository);
+    for later in [25, 26] {
+        store.set_now(hour(later));
+        // As its heartbeat does.
+        let name = chunkstore::record::session_name(writer.id());
+        let body = objects::ObjectStore::read(&*store, &name, 1 << 20).unwrap();
+        objects::ObjectStore::replace(&*store, &name, &body).unwrap();
+        let report = run_prune(&repository);
+        assert_eq!(
+            (report.fenced.len(), report.waiting.len()),
+            (0, 1),
+            "{report}"
+        );
+        // A later session does not hold up what was tombstoned before it.
+        drop(begin(&repository).unwrap());
+    }
+    expected.insert(writer.commit(|_| snapshot).unwrap(), added);
+    let report = run_prune(&repository);
+    assert!(
+        report.packs_deleted > 0 && report.waiting.is_empty(),
+        "{report}"
+    );
+    assert_eq!(assert_intact(&repository, &expected, "after"), 3);
+}
+
+#[test]
+fn a_commit_between_tombstone_and_deletion_rescues_what_it_uses() {
+    let Three {
+        store,
+        repository,
+        mut expected,
+        ids,
+    } = three();
+    let writer = begin(&repository).unwrap();
+    let reused = files(3, 40, 5000).into_iter().take(20).collect();
+    let snapshot = fill(&writer, &repository, &reused).unwrap();
+    assert_eq!(writer.counters().blobs_new.load(Ordering::Relaxed), 0);
+    repository.forget(ids[2], time(hour(24))).unwrap();
+    let report = run_prune(&repository);
+    assert_eq!(
+        (report.packs_deleted, report.waiting.len()),
+        (0, 1),
+        "{report}"
+    );
+
+    // A session that comes after the tombstones stores the data anew.
+    let late = begin(&repository).unwrap();
+    let late_snapshot = fill(&late, &repository, &reused).unwrap();
+    assert_eq!(late.counters().blobs_new.load(Ordering::Relaxed), 60);
+    expected.insert(late.commit(|_| late_snapshot).unwrap(), reused.clone());
+
+    expected.insert(writer.commit(|_| snapshot).unwrap(), reused);
+    let report = run_prune(&repository);
+    assert!(
+        report.packs_rescued > 0 && report.packs_deleted > 0,
+        "{report}"
+    );
+    assert_eq!(assert_intact(&repository, &expected, "after"), 4);
+    store.set_now(hour(48));
+    assert_converged(&repository, "after");
+}
+
+#[test]
+fn nothing_is_deleted_when_not_everything_can_be_marked() {
+    for folder in ["snapshots/", "meta/"] {
+        let Three {
+            store,
+            repository,
+            ids,
+            ..
+        } = three();
+        repository.forget(ids[2], time(hour(24))).unwrap();
+        let damaged: Vec<_> = match folder {
+            "snapshots/" => vec![format!("snapshots/{}", ids[1])],
+            _ => keys(&*store, folder),
+        };
+        damaged
+            .iter()
+            .for_each(|key| store.damage(key, |body| body[70] ^= 1));
+        let before = store.keys();
+        let repository = open(store.clone());
+        assert_eq!(
+            try_prune(&repository).unwrap_err().kind(),
+            ErrorKind::Corrupt,
+            "{folder}"
+        );
+        assert_eq!(store.keys(), before, "{folder}");
+        if folder == "snapshots/" {
+            // Forgetting it is how the user says that it is lost.
+            repository.forget(ids[1], time(hour(24))).unwrap();
+            assert!(run_prune(&repository).packs_deleted > 0);
+        }
+    }
+}
+
+/// A state in which a prune has something to do in each of its steps.
+fn busy() -> (MemoryStore, Expected) {
+    let Three {
+        store,
+        repository,
+        mut expected,
+        ids,
+    } = three();
+    let writer = begin(&repository).unwrap();
+    let reused: Files = files(3, 40, 5000).into_iter().take(20).collect();
+    let snapshot = fill(&writer, &repository, &reused).unwrap();
+    repository.forget(ids[2], time(hour(24))).unwrap();
+    run_prune(&repository);
+    expected.insert(writer.commit(|_| snapshot).unwrap(), reused);
+    repository.forget(ids[0], time(hour(24))).unwrap();
+    // Many small segments, and a session that has died.
+    for n in 10..20 {
+        let added = files(n, 2, 1500);
+        expected.insert(backup(&repository, &added).unwrap(), added);
+    }
+    let dead = begin(&repository).unwrap();
+    fill(&dead, &repository, &files(30, 20, 1500)).unwrap();
+    drop(dead);
+    store.set_now(hour(30));
+    (store.fork(), expected)
+}
+
+fn is_change(op: Op) -> bool {
+    matches!(op, Op::Create | Op::Replace | Op::Delete)
+}
+
+#[test]
+fn a_prune_that_crashes_anywhere_can_be_done_over() {
+    let (base, expected) = busy();
+    for fault in [
+        Fault::FailBefore(objects::ErrorKind::Io),
+        Fault::FailAfter(objects::ErrorKind::Io),
+    ] {
+        let mut survived = 0;
+        for crash_at in 0.. {
+            let store = Arc::new(base.fork());
+            let changes = AtomicU64::new(0);
+            let faulty = FaultyStore::new(store.clone(), move |op, _: &str, _| {
+                let n = if is_change(op) {
+                    changes.fetch_add(1, Ordering::SeqCst)
+                } else {
+                    0
+                };
+                match n.cmp(&crash_at) {
+                    _ if !is_change(op) => Fault::None,
+                    std::cmp::Ordering::Less => Fault::None,
+                    std::cmp::Ordering::Equal => fault,
+                    std::cmp::Ordering::Greater => Fault::FailBefore(objects::ErrorKind::Io),
+                }
+            });
+            let result = try_prune(&open(Arc::new(faulty)));
+            let context = format!("{fault:?} at change {crash_at}");
+            let repository = open(store.clone());
+            assert_eq!(
+                assert_intact(&repository, &expected, &context),
+                12,
+                "{context}"
+            );
+            // What it announced falls silent.
+            store.set_now(hour(40));
+            assert_converged(&repository, &context);
+            assert_eq!(
+                assert_intact(&repository, &expected, &context),
+                12,
+                "{context}"
+            );
+            if result.is_ok() {
+                survived += 1;
+                // The last change, removing the announcement, may fail.
+                if survived == 2 {
+                    assert!(crash_at > 30, "only {crash_at} changes");
+                    break;
+                }
+            }
+        }
+    }
+}
+
+type Meanwhile = dyn Fn(&Arc<Repository>, &mut Expected) + Send + Sync;
+
+/// Runs a prune on a copy of `base`, and `meanwhile` once, before its call number `at`. The copy, and
+/// what its snapshots must restore to; `None` if the prune makes fewer calls.
+fn prune_with(
+    base: &MemoryStore,
+    expected: &Expected,
+    at: u64,
+    meanwhile: &Arc<Meanwhile>,
+) -> Option<(Arc<MemoryStore>, Expected)> {
+    let store = Arc::new(base.fork());
+    let other = open(store.clone());
+    let expected = Arc::new(Mutex::new(expected.clone()));
+    let calls = Arc::new(AtomicU64::new(0));
+    let faulty = {
+        let (expected, calls, meanwhile) = (expected.clone(), calls.clone(), meanwhile.clone());
+        FaultyStore::new(store.clone(), move |_, _: &str, _| {
+            if calls.fetch_add(1, Ordering::SeqCst) == at {
+                meanwhile(&other, &mut expected.lock().unwrap());
+            }
+            Fault::None
+        })
+    };
+    let repository = open(Arc::new(faulty));
+    // Opening it made calls as well: those are passed over by the caller's choice of `at`.
+    run_prune(&repository);
+    let expected = expected.lock().unwrap().clone();
+    (calls.load(Ordering::SeqCst) > at).then_some((store, expected))
+}
+
+fn with_every_call(base: &MemoryStore, expected: &Expected, name: &str, meanwhile: Arc<Meanwhile>) {
+    let mut at = 0;
+    while let Some((store, expected)) = prune_with(base, expected, at, &meanwhile) {
+        let context = format!("{name} at call {at}");
+        let repository = open(store.clone());
+        assert_intact(&repository, &expected, &context);
+        store.set_now(hour(50));
+        assert_converged(&repository, &context);
+        assert_intact(&repository, &expected, &context);
+        at += 1;
+    }
+    assert!(at > 100, "only {at} calls");
+}
+
+#[test]
+fn two_prunes_at_once_do_no_harm() {
+    let (base, expected) = busy();
+    with_every_call(
+        &base,
+        &expected,
+        "prune",
+        Arc::new(|repository, _| {
+            run_prune(repository);
+        }),
+    );
+}
+
+#[test]
+fn a_backup_that_comes_in_between_is_whole() {
+    let (base, expected) = busy();
+    with_every_call(
+        &base,
+        &expected,
+        "backup",
+        Arc::new(|repository, expected| {
+            // Everything that is dead, rescued or in use.
+            let mut all = files(3, 40, 5000);
+            all.extend(
+                files(30, 20, 1500)
+                    .into_iter()
+                    .map(|(name, bytes)| (name + "x", bytes)),
+            );
+            expected.insert(backup(repository, &all).unwrap(), all);
+        }),
+    );
+}
+
+/// A fast prune spares what a slow one is about to judge; then its snapshot is forgotten, and a new
+/// backup uses the data: the slow prune must follow the fast one's decision.
+#[test]
+fn a_slow_prune_does_not_doom_what_a_fast_one_has_spared() {
+    let (base, expected) = busy();
+    with_every_call(
+        &base,
+        &expected,
+        "overtaken",
+        Arc::new(|repository, expected| {
+            run_prune(repository);
+            let reused: Files = files(3, 40, 5000).into_iter().take(20).collect();
+            let list = repository.list_snapshots().unwrap();
+            let old = list
+                .snapshots
+                .iter()
+                .find(|(id, _)| expected[id] == reused)
+                .unwrap()
+                .0;
+            repository.forget(old, now(repository.store())).unwrap();
+            expected.insert(backup(repository, &reused).unwrap(), reused);
+        }),
+    );
+}
+
+#[test]
+fn a_fence_and_a_commit_exclude_each_other() {
+    let Three {
+        store,
+        repository,
+        expected,
+        ids,
+    } = three();
+    repository.forget(ids[2], time(hour(24))).unwrap();
+    let base = store.fork();
+    // The session commits before each call of a prune that holds it for dead.
+    for at in 0.. {
+        let store = Arc::new(base.fork());
+        let repository = open(store.clone());
+        let writer = begin(&repository).unwrap();
+        let reused: Files = files(3, 40, 5000).into_iter().take(20).collect();
+        let snapshot = fill(&writer, &repository, &reused).unwrap();
+        store.set_now(hour(26));
+        let session = Arc::new(Mutex::new(Some((writer, snapshot))));
+        let committed = Arc::new(Mutex::new(None));
+        let calls = Arc::new(AtomicU64::new(0));
+        let faulty = {
+            let (session, committed, calls) = (session.clone(), committed.clone(), calls.clone());
+            FaultyStore::new(store.clone(), move |_, _: &str, _| {
+                if calls.fetch_add(1, Ordering::SeqCst) == at
+                    && let Some((writer, snapshot)) = session.lock().unwrap().take()
+                {
+                    *committed.lock().unwrap() = Some(writer.commit(|_| snapshot));
+                }
+                Fault::None
+            })
+        };
+        run_prune(&open(Arc::new(faulty)));
+        let mut expected = expected.clone();
+        let context = format!("commit at call {at}");
+        match committed.lock().unwrap().take() {
+            None => break,
+            Some(Ok(id)) => drop(expected.insert(id, reused)),
+            Some(Err(error)) => assert_eq!(error.kind(), ErrorKind::Fenced, "{context}: {error}"),
+        }
+        assert_intact(&repository, &expected, &context);
+        store.set_now(hour(50));
+        assert_converged(&open(store), &context);
+    }
+}

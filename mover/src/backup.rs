@@ -1,0 +1,185 @@
+//! Saves a folder as a snapshot.
+//!
+//! ```text
+//!  scan (this thread, path order)                     workers
+//!  ───────────────────────────────                    ────────────────────────────────────────
+//!  list, lstat ─┬─ as in the parent ──────┐
+//!               ├─ small files ── batch ──┼──────────> read, bundle, hash ─┐
+//!               ├─ medium file ───────────┼──────────> read, cut, hash ────┼─> Writer: compress,
+//!               └─ large file: read, cut ─┼── chunks ─> hash ──────────────┘   seal, pack, upload
+//!                                         ▼                    │
+//!                      queue in path order <───────────────────┘ references
+//!                                         ▼
+//!                                   TreeBuilder ─> nodes ─> Writer
+//! ```
+//! The scan is the only producer and the only consumer of results, so nothing can deadlock: workers
+//! wait for nobody but the writer, which waits only for uploads.
+//!
+//! An entry that has not changed since the parent snapshot costs one `lstat` and a comparison; a leaf of
+//! the parent's tree whose entries all recur is taken over without being encoded.
+
+mod assemble;
+mod file;
+mod parent;
+mod scan;
+mod settings;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use chunkstore::codec::compress::Level;
+use chunkstore::id::SnapshotId;
+use chunkstore::record::{Session, Snapshot, Summary};
+use chunkstore::repository::Repository;
+use chunkstore::writer::Writer;
+use chunkstore::{Error, ErrorKind, Result};
+
+pub use parent::ChangedBy;
+pub use settings::Resources;
+
+use crate::fs::Dir;
+use crate::monitor::Monitor;
+
+/// What to save and how.
+pub struct Request<'a> {
+    /// The folder.
+    pub source: PathBuf,
+    /// Identity of the folder across backups.
+    pub lineage: String,
+    /// Machine, for people.
+    pub host: String,
+    /// Tags of the snapshot.
+    pub tags: BTreeMap<String, String>,
+    /// Whether to leave out the entry at this path from the root of the backup.
+    pub excludes: Option<&'a dyn Fn(&[u8], bool) -> bool>,
+    /// Leave out the content of folders marked by a `CACHEDIR.TAG`.
+    pub exclude_caches: bool,
+    /// Do not descend into other file systems.
+    pub one_file_system: bool,
+    /// How to tell a changed file; `None` to decide by file system.
+    pub changed_by: Option<ChangedBy>,
+    /// Compression of file data.
+    pub compression: Level,
+    /// Read and store nothing, tell what would be done.
+    pub dry_run: bool,
+    /// Memory and threads.
+    pub resources: Resources,
+    /// Folder for temporary files without a name.
+    pub scratch: PathBuf,
+    /// When the backup begins.
+    pub now: jiff::Timestamp,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The snapshot, unless it was a dry run.
+    pub id: Option<SnapshotId>,
+    /// The snapshot it was compared with.
+    pub parent: Option<SnapshotId>,
+    /// Counts.
+    pub summary: Summary,
+}
+
+/// Saves `request.source` into `repository`.
+///
+/// # Errors
+/// When the folder cannot be opened, the repository fails, or the monitor cancels. What was uploaded by
+/// then is found again by the next backup.
+pub fn backup(
+    repository: &Arc<Repository>,
+    request: &Request<'_>,
+    clock: &dyn Fn() -> jiff::Timestamp,
+    monitor: &dyn Monitor,
+) -> Result<Outcome> {
+    let root = open_source(&request.source)?;
+    if request.dry_run {
+        let parent = newest(repository, &request.lineage)?;
+        let id = parent.as_ref().map(|(id, _)| *id);
+        let summary = scan::dry_run(repository, request, root, parent, monitor)?;
+        return Ok(Outcome {
+            id: None,
+            parent: id,
+            summary,
+        });
+    }
+    let session = Session {
+        purpose: "backup".to_owned(),
+        writer: format!(
+            "{} process {}: {}",
+            request.host,
+            std::process::id(),
+            request.lineage
+        ),
+        started: request.now,
+        heartbeat: 0,
+    };
+    let settings = request.resources.writer(request.compression);
+    let writer = Writer::begin(repository.clone(), settings, &session)?;
+    // The parent is chosen after the announcement: nothing it refers to can be deleted from here on,
+    // unless it was marked before, which the writer knows.
+    let parent = newest(repository, &request.lineage)?;
+    let parent_id = parent.as_ref().map(|(id, _)| *id);
+    let scanned = scan::scan(repository, &writer, request, root, parent, monitor);
+    let (root, level, mut summary) = match scanned {
+        Ok(scanned) => scanned,
+        Err(error) => {
+            // Name what was uploaded, so that the next backup finds it. The first error counts.
+            let _also_failed = writer.abandon();
+            return Err(error);
+        }
+    };
+    let counters = writer.counters();
+    summary.blobs_new = counters
+        .blobs_new
+        .load(std::sync::atomic::Ordering::Relaxed);
+    let mut snapshot = Snapshot {
+        root,
+        level,
+        lineage: request.lineage.clone(),
+        host: request.host.clone(),
+        path: crate::monitor::display_path(request.source.as_os_str().as_encoded_bytes()),
+        tags: request.tags.clone(),
+        started: request.now,
+        finished: request.now,
+        parent: parent_id,
+        summary,
+        program: concat!("ebackup ", env!("CARGO_PKG_VERSION")).to_owned(),
+    };
+    let id = writer.commit(|bytes_stored| {
+        snapshot.summary.bytes_stored = bytes_stored;
+        snapshot.finished = clock();
+        summary = snapshot.summary;
+        snapshot
+    })?;
+    Ok(Outcome {
+        id: Some(id),
+        parent: parent_id,
+        summary,
+    })
+}
+
+fn open_source(path: &Path) -> Result<Dir> {
+    Dir::open_root(path).map_err(|error| {
+        let kind = match error.kind() {
+            std::io::ErrorKind::NotFound => ErrorKind::NotFound,
+            std::io::ErrorKind::PermissionDenied => ErrorKind::PermissionDenied,
+            _ => ErrorKind::Invalid,
+        };
+        let path = path.display();
+        Error::new(
+            kind,
+            format!("cannot open the folder '{path}' to save: {error}"),
+        )
+    })
+}
+
+fn newest(repository: &Repository, lineage: &str) -> Result<Option<(SnapshotId, Snapshot)>> {
+    let list = repository.list_snapshots()?;
+    Ok(list
+        .snapshots
+        .into_iter()
+        .rev()
+        .find(|(_, snapshot)| snapshot.lineage == lineage))
+}

@@ -1,0 +1,692 @@
+//! Reads files and turns them into content: inline bytes, parts of bundles, chunks, extents.
+//!
+//! Bundles are cut by names and sizes, which are known before anything is read: equal folders make
+//! equal bundles, workers can read them independently, and a file whose content changes within its
+//! size moves no cut.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use chunkstore::Result;
+use chunkstore::chunker::Chunker;
+use chunkstore::codec::compress::{Compressor, Level};
+use chunkstore::limits::{
+    BUNDLE_BYTES_MAX, BUNDLE_BYTES_MEAN, BUNDLE_BYTES_MIN, CHUNK_BYTES_MAX, INLINE_BYTES_MAX,
+    SMALL_FILE_BYTES, XATTR_BYTES_MAX,
+};
+use chunkstore::pack::BlobKind;
+use chunkstore::repository::Repository;
+use chunkstore::tree::{BlobRef, Chunk, Content, Kind, Node, Xattrs};
+use chunkstore::writer::Writer;
+use crossbeam_channel::{Receiver, Sender};
+
+use super::assemble::Ticket;
+use crate::fs::{self, Dir, Meta, data_ranges, file_xattrs};
+use crate::monitor::{Monitor, Warning};
+
+/// Files above this are cut by the scan itself and their chunks spread over the workers.
+pub(super) const LARGE_FILE_BYTES: u64 = 16 << 20;
+
+/// A file to be read.
+pub(super) struct FileToRead {
+    pub(super) ticket: Ticket,
+    pub(super) dir: Dir,
+    pub(super) name: Vec<u8>,
+    /// Its path, for messages.
+    pub(super) path: Vec<u8>,
+    pub(super) fs: u32,
+    /// What it was in the parent, if its bytes there can be referred to again.
+    pub(super) part: Option<(Content, u64)>,
+}
+
+/// Work for a worker.
+pub(super) enum Job {
+    /// Small files that make one bundle.
+    Bundle(Vec<FileToRead>),
+    /// A file of medium size.
+    File(FileToRead),
+    /// A chunk of a large file: where it lies in a block, and its number.
+    Chunk {
+        block: Arc<Block>,
+        from: usize,
+        to: usize,
+        number: u64,
+    },
+}
+
+/// What workers send back.
+pub(super) enum Done {
+    /// Files that were read; without node, there is nothing to save.
+    Files(Vec<(Ticket, Option<Node>)>),
+    /// A chunk of the large file being cut; without reference, it is all zero.
+    Chunk { number: u64, blob: Option<BlobRef> },
+    /// The job could not be done, and so the backup cannot.
+    Failed(chunkstore::Error),
+}
+
+/// Counts kept by the workers.
+#[derive(Default)]
+pub(super) struct ReadCounters {
+    pub(super) bytes_read: AtomicU64,
+}
+
+/// What all workers share.
+pub(super) struct Shared<'a> {
+    pub(super) repository: &'a Repository,
+    pub(super) writer: &'a Writer,
+    pub(super) monitor: &'a dyn Monitor,
+    pub(super) counters: ReadCounters,
+    pub(super) compression: Level,
+}
+
+/// Does jobs until there are no more.
+pub(super) fn work(shared: &Shared<'_>, jobs: &Receiver<Job>, done: &Sender<Done>) {
+    let mut worker = Worker {
+        shared,
+        compressor: Compressor::new(shared.compression),
+        buffer: Vec::new(),
+    };
+    for job in jobs {
+        let result = worker.run(job).unwrap_or_else(Done::Failed);
+        if done.send(result).is_err() {
+            return;
+        }
+    }
+}
+
+struct Worker<'a> {
+    shared: &'a Shared<'a>,
+    compressor: Compressor,
+    buffer: Vec<u8>,
+}
+
+/// A small file that was read: its entry, and where its bytes are in the bundle.
+struct Member {
+    ticket: Ticket,
+    node: Option<Node>,
+    place: Option<(u32, [u8; 16])>,
+}
+
+impl Worker<'_> {
+    fn run(&mut self, job: Job) -> Result<Done> {
+        match job {
+            Job::Bundle(files) => self.bundle(files).map(Done::Files),
+            Job::File(file) => {
+                let ticket = file.ticket;
+                Ok(Done::Files(vec![(ticket, self.medium_file(&file)?)]))
+            }
+            Job::Chunk {
+                block,
+                from,
+                to,
+                number,
+            } => {
+                let bytes = &block.bytes[from..to];
+                let blob = if is_zero(bytes) {
+                    None
+                } else {
+                    Some(self.store(bytes)?)
+                };
+                self.shared.monitor.advance(0, bytes.len() as u64);
+                Ok(Done::Chunk { number, blob })
+            }
+        }
+    }
+
+    fn store(&mut self, plain: &[u8]) -> Result<BlobRef> {
+        self.shared.writer.store_data(&mut self.compressor, plain)
+    }
+
+    fn bundle(&mut self, files: Vec<FileToRead>) -> Result<Vec<(Ticket, Option<Node>)>> {
+        let mut bundle = std::mem::take(&mut self.buffer);
+        bundle.clear();
+        let mut members = Vec::with_capacity(files.len());
+        for file in &files {
+            if self.shared.monitor.is_cancelled() {
+                return Err(chunkstore::Error::cancelled());
+            }
+            members.push(self.member(file, &mut bundle)?);
+        }
+        let stored = if bundle.is_empty() {
+            None
+        } else {
+            Some(self.store(&bundle)?)
+        };
+        self.buffer = bundle;
+        let finished = members.into_iter().map(
+            |Member {
+                 ticket,
+                 mut node,
+                 place,
+             }| {
+                if let (Some(node), Some((offset, hash)), Some(bundle)) = (&mut node, place, stored)
+                {
+                    node.content = Content::Part {
+                        bundle,
+                        offset,
+                        hash,
+                    };
+                }
+                (ticket, node)
+            },
+        );
+        Ok(finished.collect())
+    }
+
+    /// Reads one small file, and appends it to the bundle unless it is inline or known.
+    fn member(&mut self, file: &FileToRead, bundle: &mut Vec<u8>) -> Result<Member> {
+        let ticket = file.ticket;
+        let Some((open, mut node)) = self.open(file) else {
+            return Ok(Member {
+                ticket,
+                node: None,
+                place: None,
+            });
+        };
+        let start = bundle.len();
+        // It may have grown since it was listed; then it is cut like any larger file.
+        if node.size >= SMALL_FILE_BYTES || start + node.size as usize > BUNDLE_BYTES_MAX {
+            let node = self.cut(file, &open, node)?;
+            return Ok(Member {
+                ticket,
+                node,
+                place: None,
+            });
+        }
+        bundle.resize(start + node.size as usize, 0);
+        let read = match read_full(&open, &mut bundle[start..], 0) {
+            Ok(read) => read,
+            Err(error) => {
+                bundle.truncate(start);
+                self.missing(file, format!("cannot be read: {error}"));
+                return Ok(Member {
+                    ticket,
+                    node: None,
+                    place: None,
+                });
+            }
+        };
+        bundle.truncate(start + read);
+        self.finish_reading(file, &open, &mut node, read as u64);
+        let bytes = &bundle[start..];
+        let mut place = None;
+        if bytes.len() <= INLINE_BYTES_MAX {
+            if !bytes.is_empty() {
+                node.content = Content::Inline(bytes.to_vec());
+            }
+            bundle.truncate(start);
+        } else {
+            let id = BlobKind::Data.id(self.shared.repository.keys(), bytes);
+            let hash = *id.0.first_chunk().expect("32 is more than 16");
+            match &file.part {
+                Some((content @ Content::Part { hash: known, .. }, size))
+                    if *known == hash && *size == node.size =>
+                {
+                    node.content = content.clone();
+                    bundle.truncate(start);
+                }
+                _ => place = Some((start as u32, hash)),
+            }
+        }
+        Ok(Member {
+            ticket,
+            node: Some(node),
+            place,
+        })
+    }
+
+    fn medium_file(&mut self, file: &FileToRead) -> Result<Option<Node>> {
+        let Some((open, node)) = self.open(file) else {
+            return Ok(None);
+        };
+        self.cut(file, &open, node)
+    }
+
+    /// Reads a file chunk by chunk.
+    fn cut(&mut self, file: &FileToRead, open: &File, mut node: Node) -> Result<Option<Node>> {
+        let mut chunks = Vec::new();
+        let mut end = 0;
+        let chunker = self.shared.repository.chunker();
+        let ranges = ranges(open, &node);
+        let mut buffer = std::mem::take(&mut self.buffer);
+        for (offset, len) in ranges {
+            let mut window = Window::new(chunker, open, offset, len);
+            loop {
+                if self.shared.monitor.is_cancelled() {
+                    return Err(chunkstore::Error::cancelled());
+                }
+                let (at, piece) = match window.next(&mut buffer) {
+                    Ok(Some(piece)) => piece,
+                    Ok(None) => break,
+                    Err(error) => {
+                        self.missing(file, format!("cannot be read: {error}"));
+                        return Ok(None);
+                    }
+                };
+                let bytes = &buffer[piece];
+                end = at + bytes.len() as u64;
+                if !is_zero(bytes) {
+                    let blob = self.shared.writer.store_data(&mut self.compressor, bytes)?;
+                    chunks.push(Chunk { offset: at, blob });
+                }
+            }
+        }
+        self.buffer = buffer;
+        let read = if node.size > end && is_shorter(open, node.size) {
+            end
+        } else {
+            node.size
+        };
+        self.finish_reading(file, open, &mut node, read);
+        if !chunks.is_empty() {
+            node.content = Content::Chunks(chunks);
+        }
+        Ok(Some(node))
+    }
+
+    fn open(&self, file: &FileToRead) -> Option<(File, Node)> {
+        self.shared.monitor.begin(&file.path);
+        open(self.shared.monitor, file)
+    }
+
+    /// Counts what was read, and tells if the file changed meanwhile.
+    fn finish_reading(&self, file: &FileToRead, open: &File, node: &mut Node, read: u64) {
+        note_changes(self.shared.monitor, &file.path, open, node, read);
+        self.shared
+            .counters
+            .bytes_read
+            .fetch_add(read, Ordering::Relaxed);
+        self.shared.monitor.advance(0, read);
+    }
+
+    fn missing(&self, file: &FileToRead, message: String) {
+        self.shared.monitor.warning(Warning {
+            path: file.path.clone(),
+            message,
+            missing: true,
+        });
+    }
+}
+
+/// Opens a file and reads its metadata.
+pub(super) fn open(monitor: &dyn Monitor, file: &FileToRead) -> Option<(File, Node)> {
+    let warn = |message: String, missing: bool| {
+        monitor.warning(Warning {
+            path: file.path.clone(),
+            message,
+            missing,
+        });
+    };
+    let (open, meta) = match file.dir.open_file(&file.name) {
+        Ok(opened) => opened,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            warn("vanished before it could be read".to_owned(), false);
+            return None;
+        }
+        Err(error) => {
+            warn(format!("cannot be opened: {error}"), true);
+            return None;
+        }
+    };
+    let xattrs = keep_xattrs(monitor, &file.path, file_xattrs(&open));
+    let node = node(&meta, file.fs, xattrs, Content::None);
+    Some((open, node))
+}
+
+/// The entry of what `meta` describes.
+pub(super) fn node(meta: &Meta, fs: u32, xattrs: Xattrs, content: Content) -> Node {
+    let sized = matches!(meta.kind, Kind::File | Kind::Symlink);
+    Node {
+        kind: meta.kind,
+        mode: meta.mode,
+        uid: meta.uid,
+        gid: meta.gid,
+        size: if sized { meta.size } else { 0 },
+        mtime: meta.mtime,
+        ctime: meta.ctime,
+        ino: meta.ino,
+        fs,
+        linked: meta.nlink > 1 && meta.kind != Kind::Dir,
+        rdev: (meta.rdev_major, meta.rdev_minor),
+        xattrs,
+        content,
+    }
+}
+
+/// The attributes that could be read; warns of the others.
+pub(super) fn keep_xattrs(
+    monitor: &dyn Monitor,
+    path: &[u8],
+    read: io::Result<fs::Xattrs>,
+) -> Xattrs {
+    let warn = |message| {
+        monitor.warning(Warning {
+            path: path.to_vec(),
+            message,
+            missing: false,
+        });
+    };
+    let mut xattrs = match read {
+        Ok(xattrs) => xattrs,
+        Err(error) => {
+            warn(format!("its extended attributes cannot be read: {error}"));
+            return Vec::new();
+        }
+    };
+    for (name, error) in &xattrs.failures {
+        let name = String::from_utf8_lossy(name);
+        warn(format!(
+            "its extended attribute '{name}' cannot be read: {error}"
+        ));
+    }
+    let bytes = |entries: &Xattrs| -> usize {
+        entries
+            .iter()
+            .map(|(name, value)| name.len() + value.len())
+            .sum()
+    };
+    if bytes(&xattrs.entries) > XATTR_BYTES_MAX {
+        warn("its extended attributes exceed 4 MiB and are left out".to_owned());
+        xattrs.entries.clear();
+    }
+    xattrs.entries
+}
+
+/// Warns if the file was changed while it was read, and corrects the size to what was read.
+pub(super) fn note_changes(
+    monitor: &dyn Monitor,
+    path: &[u8],
+    open: &File,
+    node: &mut Node,
+    read: u64,
+) {
+    let changed = match Meta::of_file(open) {
+        Ok(now) => (now.size, now.mtime, now.ctime) != (node.size, node.mtime, node.ctime),
+        Err(_) => true,
+    };
+    if changed || read != node.size {
+        let message = "changed while it was read: saved as far as it was read".to_owned();
+        monitor.warning(Warning {
+            path: path.to_vec(),
+            message,
+            missing: false,
+        });
+    }
+    node.size = read;
+}
+
+/// Where the file has data.
+pub(super) fn ranges(open: &File, node: &Node) -> Vec<(u64, u64)> {
+    let sparse = Meta::of_file(open).is_ok_and(|meta| meta.blocks_512 * 512 < node.size);
+    if sparse {
+        data_ranges(open, node.size).collect()
+    } else {
+        vec![(0, node.size)]
+    }
+}
+
+/// Whether the file has become shorter than `size`.
+pub(super) fn is_shorter(open: &File, size: u64) -> bool {
+    Meta::of_file(open).is_ok_and(|meta| meta.size < size)
+}
+
+/// Fills `buffer` from `offset` on; returns how much there was.
+fn read_full(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match file.read_at(&mut buffer[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(read) => done += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}
+
+/// Whether all bytes are zero.
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
+    // Most data differs from zero at once; equal neighbours are compared as fast as memory is read.
+    bytes.first() == Some(&0) && bytes[1..] == bytes[..bytes.len() - 1]
+}
+
+/// Cuts one range of a file, reading ahead in one buffer.
+struct Window<'a> {
+    chunker: &'a Chunker,
+    file: &'a File,
+    /// Where in the file the buffer's unread part ends, and where the range does.
+    read_to: u64,
+    end: u64,
+    from: usize,
+    to: usize,
+}
+
+impl<'a> Window<'a> {
+    const BYTES: usize = 2 * CHUNK_BYTES_MAX;
+
+    fn new(chunker: &'a Chunker, file: &'a File, offset: u64, len: u64) -> Self {
+        Self {
+            chunker,
+            file,
+            read_to: offset,
+            end: offset + len,
+            from: 0,
+            to: 0,
+        }
+    }
+
+    /// The next chunk: its offset in the file and its place in the buffer.
+    fn next(&mut self, buffer: &mut Vec<u8>) -> io::Result<Option<(u64, std::ops::Range<usize>)>> {
+        let lookahead = self.chunker.lookahead();
+        if self.to - self.from < lookahead && self.read_to < self.end {
+            buffer.resize(Self::BYTES.max(buffer.len()), 0);
+            buffer.copy_within(self.from..self.to, 0);
+            self.to -= self.from;
+            self.from = 0;
+            let room = (buffer.len() - self.to).min((self.end - self.read_to) as usize);
+            let read = read_full(
+                self.file,
+                &mut buffer[self.to..self.to + room],
+                self.read_to,
+            )?;
+            self.to += read;
+            self.read_to += read as u64;
+            if read < room {
+                self.end = self.read_to;
+            }
+        }
+        if self.from == self.to {
+            return Ok(None);
+        }
+        let len = self.chunker.cut(&buffer[self.from..self.to]);
+        let offset = self.read_to - (self.to - self.from) as u64;
+        let piece = self.from..self.from + len;
+        self.from += len;
+        Ok(Some((offset, piece)))
+    }
+}
+
+/// A part of a large file, shared by the jobs of its chunks. Its memory is used again.
+pub(super) struct Block {
+    bytes: Vec<u8>,
+    back: Sender<Vec<u8>>,
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // Nobody waits for it once the backup has ended.
+        let _unneeded = self.back.try_send(std::mem::take(&mut self.bytes));
+    }
+}
+
+/// The blocks in which a large file is cut: three, so that one can be filled while the others are
+/// worked on.
+pub(super) struct Blocks {
+    free: Receiver<Vec<u8>>,
+    back: Sender<Vec<u8>>,
+    bytes: usize,
+}
+
+impl Blocks {
+    const COUNT: usize = 3;
+
+    pub(super) fn new(bytes: usize) -> Self {
+        let (back, free) = crossbeam_channel::bounded(Self::COUNT);
+        for _ in 0..Self::COUNT {
+            back.send(Vec::new()).expect("the receiver is held");
+        }
+        Self { free, back, bytes }
+    }
+
+    /// The pool of free blocks, to be waited for together with other things.
+    pub(super) fn free(&self) -> &Receiver<Vec<u8>> {
+        &self.free
+    }
+}
+
+/// Reads one range of a large file block by block, and says where to cut.
+pub(super) struct BlockReader {
+    rest: Vec<u8>,
+    read_to: u64,
+    end: u64,
+}
+
+/// A block with its cuts: offset in the file, and place in the block, of each chunk.
+pub(super) struct CutBlock {
+    pub(super) block: Arc<Block>,
+    pub(super) chunks: VecDeque<(u64, usize, usize)>,
+}
+
+impl BlockReader {
+    pub(super) fn new(offset: u64, len: u64) -> Self {
+        Self {
+            rest: Vec::new(),
+            read_to: offset,
+            end: offset + len,
+        }
+    }
+
+    /// Whether everything has been read.
+    pub(super) fn is_done(&self) -> bool {
+        self.read_to == self.end && self.rest.is_empty()
+    }
+
+    /// How far the file has been read.
+    pub(super) fn read_to(&self) -> u64 {
+        self.read_to
+    }
+
+    /// Fills a free block behind what the last one left over, and cuts it.
+    pub(super) fn next(
+        &mut self,
+        blocks: &Blocks,
+        mut bytes: Vec<u8>,
+        file: &File,
+        chunker: &Chunker,
+    ) -> io::Result<CutBlock> {
+        bytes.resize(blocks.bytes, 0);
+        let kept = self.rest.len();
+        bytes[..kept].copy_from_slice(&self.rest);
+        let start = self.read_to - kept as u64;
+        let room = (bytes.len() - kept).min((self.end - self.read_to) as usize);
+        let read = read_full(file, &mut bytes[kept..kept + room], self.read_to)?;
+        self.read_to += read as u64;
+        if read < room {
+            self.end = self.read_to;
+        }
+        let filled = kept + read;
+        let at_end = self.read_to == self.end;
+        let mut chunks = VecDeque::new();
+        let mut at = 0;
+        while at < filled && (at_end || filled - at >= chunker.lookahead()) {
+            let len = chunker.cut(&bytes[at..filled]);
+            chunks.push_back((start + at as u64, at, at + len));
+            at += len;
+        }
+        self.rest.clear();
+        self.rest.extend_from_slice(&bytes[at..filled]);
+        Ok(CutBlock {
+            block: Arc::new(Block {
+                bytes,
+                back: blocks.back.clone(),
+            }),
+            chunks,
+        })
+    }
+}
+
+/// Collects small files until a bundle is full or the content-defined rule ends it.
+pub(super) struct BundlePlanner {
+    files: Vec<FileToRead>,
+    bytes: usize,
+    dirs: usize,
+    cut: [u8; 32],
+}
+
+impl BundlePlanner {
+    /// Files in one bundle: their results return together.
+    const FILES_MAX: usize = 4096;
+    /// Folders in one bundle: each is held open.
+    const DIRS_MAX: usize = 128;
+
+    pub(super) fn new(cut: &[u8; 32]) -> Self {
+        Self {
+            files: Vec::new(),
+            bytes: 0,
+            dirs: 0,
+            cut: *cut,
+        }
+    }
+
+    /// Adds a file of `size` bytes; returns the bundles that are now complete: at most the one before
+    /// it, and the one it ends.
+    pub(super) fn push(
+        &mut self,
+        file: FileToRead,
+        size: u64,
+        new_dir: bool,
+    ) -> [Option<Vec<FileToRead>>; 2] {
+        let mut complete = [None, None];
+        let stored = if size as usize <= INLINE_BYTES_MAX {
+            0
+        } else {
+            size as usize
+        };
+        if self.bytes + stored > BUNDLE_BYTES_MAX || self.dirs >= Self::DIRS_MAX {
+            complete[0] = self.take();
+        }
+        let ends = stored > 0 && self.ends_bundle(&file.name, stored);
+        self.dirs += usize::from(new_dir || self.files.is_empty());
+        self.files.push(file);
+        self.bytes += stored;
+        let full = self.files.len() >= Self::FILES_MAX;
+        if full || (ends && self.bytes >= BUNDLE_BYTES_MIN) {
+            complete[1] = self.take();
+        }
+        complete
+    }
+
+    /// The bundle collected so far.
+    pub(super) fn take(&mut self) -> Option<Vec<FileToRead>> {
+        self.bytes = 0;
+        self.dirs = 0;
+        let files = std::mem::take(&mut self.files);
+        (!files.is_empty()).then_some(files)
+    }
+
+    /// True for one file in so many that a bundle grows by [`BUNDLE_BYTES_MEAN`] in between.
+    fn ends_bundle(&self, name: &[u8], size: usize) -> bool {
+        let mut hasher = blake3::Hasher::new_keyed(&self.cut);
+        hasher
+            .update(b"bundle")
+            .update(&(size as u64).to_le_bytes())
+            .update(name);
+        let hash = hasher.finalize();
+        let draw = u64::from_le_bytes(*hash.as_bytes().first_chunk().expect("32 is more than 8"));
+        u128::from(draw) * BUNDLE_BYTES_MEAN as u128 >> 64 < size as u128
+    }
+}

@@ -1,0 +1,188 @@
+//! The parent snapshot, read in step with the scan, and the decision that an entry is unchanged.
+
+use std::sync::Arc;
+
+use chunkstore::Result;
+use chunkstore::record::Snapshot;
+use chunkstore::repository::Repository;
+use chunkstore::tree::{
+    Body, Content, Entry, EntryCursor, Kind, LeafAt, Node, Timestamp, TreeCursor, for_each_node,
+};
+use chunkstore::writer::Writer;
+
+use crate::fs::{FsTraits, Meta};
+
+/// How a changed file is told from an unchanged one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChangedBy {
+    /// By size, modification time, change time and inode number: notices every change, even one that
+    /// sets the modification time back. Needs a file system that keeps them.
+    CtimeInode,
+    /// By size, modification time, owner and mode: where a server decides about the others.
+    Mtime,
+    /// Read every file.
+    Content,
+}
+
+impl ChangedBy {
+    /// What a file system can be trusted with.
+    pub fn for_file_system(traits: &FsTraits) -> Self {
+        if traits.inodes_stable && traits.ctime_trusted {
+            Self::CtimeInode
+        } else {
+            Self::Mtime
+        }
+    }
+}
+
+/// A change so shortly before the parent's backup began may have been followed by another one in the
+/// same tick of the file system's clock. Two seconds is the coarsest clock in use (FAT).
+const RACY_SECONDS: i64 = 2;
+
+/// Entries of the parent snapshot, in step with the scan.
+pub(super) struct Parent<'a> {
+    cursor: EntryCursor<'a>,
+    writer: Option<&'a Writer>,
+    trusted_before: i64,
+    /// The leaf last seen, and whether everything it refers to may be taken over.
+    leaf: Option<(Arc<LeafAt>, bool)>,
+}
+
+/// Where an entry stands in the parent's tree.
+pub(super) struct Found {
+    pub(super) leaf: Arc<LeafAt>,
+    pub(super) at: usize,
+    usable: bool,
+}
+
+impl Found {
+    pub(super) fn entry(&self) -> &Entry {
+        &self.leaf.leaf.entries[self.at]
+    }
+
+    pub(super) fn node(&self) -> Option<&Node> {
+        self.entry().node()
+    }
+
+    /// Whether everything it refers to may be referred to again.
+    pub(super) fn is_usable(&self) -> bool {
+        self.usable
+    }
+}
+
+impl<'a> Parent<'a> {
+    /// Opens the tree of `snapshot`. Without a writer (dry run) everything counts as usable.
+    pub(super) fn open(
+        repository: &'a Repository,
+        writer: Option<&'a Writer>,
+        snapshot: &Snapshot,
+    ) -> Result<Self> {
+        if let Some(writer) = writer {
+            let all = &mut |_: &_| true;
+            for_each_node(
+                repository,
+                snapshot.root,
+                snapshot.level,
+                all,
+                &mut |node, _| {
+                    writer.remember_node(*node);
+                    Ok(())
+                },
+            )?;
+        }
+        let leaves = TreeCursor::new(repository, snapshot.root, snapshot.level);
+        Ok(Self {
+            cursor: EntryCursor::new(leaves),
+            writer,
+            trusted_before: snapshot.started.as_second() - RACY_SECONDS,
+            leaf: None,
+        })
+    }
+
+    /// The parent's entry of this key, if it has one. Keys come in ascending order.
+    pub(super) fn find(&mut self, key: &[u8]) -> Result<Option<Found>> {
+        loop {
+            let Some((leaf, at)) = self.cursor.peek_at()? else {
+                return Ok(None);
+            };
+            let order = leaf.leaf.entries[at].key[..].cmp(key);
+            if order.is_gt() {
+                return Ok(None);
+            }
+            let found = order.is_eq().then(|| (leaf.clone(), at));
+            self.cursor.advance();
+            if let Some((leaf, at)) = found {
+                let usable = self.usable(&leaf, at);
+                return Ok(Some(Found { leaf, at, usable }));
+            }
+        }
+    }
+
+    /// The extent entry that follows a large file just found.
+    pub(super) fn next_extent(&mut self) -> Result<Option<Found>> {
+        let Some((leaf, at)) = self.cursor.peek_at()? else {
+            return Ok(None);
+        };
+        if !matches!(leaf.leaf.entries[at].body, Body::Extent(_)) {
+            return Ok(None);
+        }
+        let leaf = leaf.clone();
+        self.cursor.advance();
+        let usable = self.usable(&leaf, at);
+        Ok(Some(Found { leaf, at, usable }))
+    }
+
+    fn usable(&mut self, leaf: &Arc<LeafAt>, at: usize) -> bool {
+        let Some(writer) = self.writer else {
+            return true;
+        };
+        let known = self
+            .leaf
+            .as_ref()
+            .filter(|(known, _)| Arc::ptr_eq(known, leaf));
+        let all = known.map(|(_, all)| *all).unwrap_or_else(|| {
+            writer.remember_node(leaf.child.node);
+            let all = leaf.leaf.packs.iter().all(|pack| writer.is_usable(*pack));
+            self.leaf = Some((leaf.clone(), all));
+            all
+        });
+        let blobs = || leaf.leaf.entries[at].blobs();
+        all || blobs().all(|blob| writer.is_usable(blob.location.pack))
+    }
+
+    /// Whether the entry found is what `meta` describes, and may be taken over unread.
+    pub(super) fn is_unchanged(
+        &self,
+        found: &Found,
+        meta: &Meta,
+        fs: u32,
+        changed_by: ChangedBy,
+    ) -> bool {
+        let Some(node) = found.node().filter(|_| found.usable) else {
+            return false;
+        };
+        let sized = matches!(node.kind, Kind::File | Kind::Symlink);
+        let same = node.kind == meta.kind
+            && (!sized || node.size == meta.size)
+            && node.mtime == meta.mtime
+            && node.mode == meta.mode
+            && node.uid == meta.uid
+            && node.gid == meta.gid
+            && node.fs == fs
+            && node.linked == (meta.nlink > 1 && meta.kind != Kind::Dir);
+        let settled = |time: Timestamp| time.seconds < self.trusted_before;
+        same && match changed_by {
+            ChangedBy::CtimeInode => {
+                node.ctime == meta.ctime && node.ino == meta.ino && settled(node.ctime)
+            }
+            ChangedBy::Mtime => settled(node.mtime),
+            ChangedBy::Content => node.kind != Kind::File && node.ctime == meta.ctime,
+        }
+    }
+
+    /// The small file's content in the parent, if it can be referred to again.
+    pub(super) fn part(found: &Found) -> Option<&Content> {
+        let node = found.node().filter(|_| found.usable)?;
+        matches!(node.content, Content::Part { .. }).then_some(&node.content)
+    }
+}

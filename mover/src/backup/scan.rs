@@ -1,0 +1,856 @@
+//! Walks the folder in path order, compares it with the parent, and hands out what is to be read.
+
+use std::collections::{HashMap, VecDeque};
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+
+use chunkstore::id::SnapshotId;
+use chunkstore::limits::{EXTENT_SPAN_BYTES, SMALL_FILE_BYTES};
+use chunkstore::record::{Snapshot, Summary};
+use chunkstore::repository::Repository;
+use chunkstore::tree::{
+    BlobRef, Body, Chunk, Content, Entry, Kind, NodeRef, TreeBuilder, extent_key,
+};
+use chunkstore::writer::Writer;
+use chunkstore::{Error, ErrorKind, Result};
+use crossbeam_channel::{Receiver, Sender};
+
+use super::Request;
+use super::assemble::{Assembler, count};
+use super::file::{
+    self, BlockReader, Blocks, BundlePlanner, Done, FileToRead, Job, LARGE_FILE_BYTES, Shared,
+};
+use super::parent::{ChangedBy, Found, Parent};
+use crate::fs::{Dir, FsTraits, Listing, Meta};
+use crate::monitor::{Monitor, Warning};
+
+/// Folders held open on the way down; those above are opened again on the way up.
+const OPEN_DIRS_MAX: usize = 256;
+
+/// The first bytes of a tag file that marks a cache (<https://bford.info/cachedir/>).
+const CACHE_TAG: &[u8] = b"Signature: 8a477f597d28d172789f06886806bc55";
+
+/// Saves everything below `root`; returns the root of the tree, its height, and counts.
+pub(super) fn scan(
+    repository: &Repository,
+    writer: &Writer,
+    request: &Request<'_>,
+    root: Dir,
+    parent: Option<(SnapshotId, Snapshot)>,
+    monitor: &dyn Monitor,
+) -> Result<(NodeRef, u8, Summary)> {
+    let parent = match &parent {
+        Some((_, snapshot)) => Some(Parent::open(repository, Some(writer), snapshot)),
+        None => None,
+    };
+    // An unreadable parent costs reading everything again, not the backup.
+    let parent = parent.and_then(|opened| {
+        let warn = |error: Error| {
+            let why = chunkstore::error::chain(&error);
+            let message = format!("the parent snapshot cannot be read, so all is read anew: {why}");
+            monitor.warning(Warning {
+                path: Vec::new(),
+                message,
+                missing: false,
+            });
+        };
+        opened.map_err(warn).ok()
+    });
+    let shared = Shared {
+        repository,
+        writer,
+        monitor,
+        counters: file::ReadCounters::default(),
+        compression: request.compression,
+    };
+    let workers = request.resources.workers;
+    let (jobs, todo) = crossbeam_channel::bounded(2 * workers);
+    let (finished, done) = crossbeam_channel::unbounded();
+    std::thread::scope(|scope| {
+        for _ in 0..workers {
+            let (todo, finished, shared) = (todo.clone(), finished.clone(), &shared);
+            scope.spawn(move || file::work(shared, &todo, &finished));
+        }
+        drop((todo, finished));
+        let builder = TreeBuilder::new(writer, repository.keys().cut());
+        let sink = Pipeline {
+            assembler: Assembler::new(builder, request.resources.queue_bytes()),
+            bundle: BundlePlanner::new(repository.keys().cut()),
+            bundle_dir: None,
+            jobs,
+            done,
+            outstanding: 0,
+            blocks: Blocks::new(request.resources.block_bytes()),
+            large: LargeFile::default(),
+            shared: &shared,
+        };
+        let (sink, summary) = Walk::new(request, monitor, parent, sink)?.run(root)?;
+        let (root, level, counted) = sink.finish()?;
+        let bytes_read = shared
+            .counters
+            .bytes_read
+            .load(std::sync::atomic::Ordering::Relaxed);
+        Ok((
+            root,
+            level,
+            Summary {
+                bytes_read,
+                ..merge(summary, counted)
+            },
+        ))
+    })
+}
+
+/// Tells what a backup would read, without reading or writing anything.
+pub(super) fn dry_run(
+    repository: &Repository,
+    request: &Request<'_>,
+    root: Dir,
+    parent: Option<(SnapshotId, Snapshot)>,
+    monitor: &dyn Monitor,
+) -> Result<Summary> {
+    let parent = parent.map(|(_, snapshot)| Parent::open(repository, None, &snapshot));
+    let sink = CountOnly::default();
+    let (sink, summary) = Walk::new(request, monitor, parent.transpose()?, sink)?.run(root)?;
+    Ok(merge(summary, sink.summary))
+}
+
+fn merge(walk: Summary, tree: Summary) -> Summary {
+    Summary {
+        files: tree.files,
+        dirs: tree.dirs,
+        bytes: tree.bytes,
+        bytes_read: tree.bytes_read,
+        ..walk
+    }
+}
+
+/// Takes what the walk finds, in path order.
+trait Sink {
+    /// An entry without content to be read.
+    fn entry(&mut self, entry: Entry) -> Result<()>;
+    /// An entry that is as in the parent.
+    fn unchanged(&mut self, found: &Found) -> Result<()>;
+    /// A file to be read.
+    fn file(&mut self, file: NewFile) -> Result<()>;
+    /// Makes room, if need be, before the walk goes on.
+    fn make_room(&mut self) -> Result<()>;
+}
+
+/// A file to be read.
+struct NewFile {
+    key: Vec<u8>,
+    path: Vec<u8>,
+    dir: Dir,
+    name: Vec<u8>,
+    meta: Meta,
+    fs: u32,
+    part: Option<(Content, u64)>,
+}
+
+/// One folder on the path from the root to where the walk stands.
+struct Frame {
+    /// Closed when the walk is far below.
+    dir: Option<Dir>,
+    dev: u64,
+    ino: u64,
+    listing: Listing,
+    key_len: usize,
+    fs: u32,
+    changed_by: ChangedBy,
+}
+
+struct Walk<'a, S> {
+    request: &'a Request<'a>,
+    monitor: &'a dyn Monitor,
+    parent: Option<Parent<'a>>,
+    sink: S,
+    frames: Vec<Frame>,
+    key: Vec<u8>,
+    /// Numbers of file systems by device, and how to tell changes there.
+    file_systems: HashMap<u64, (u32, ChangedBy)>,
+    scratch: PathBuf,
+    summary: Summary,
+}
+
+impl<'a, S: Sink> Walk<'a, S> {
+    fn new(
+        request: &'a Request<'a>,
+        monitor: &'a dyn Monitor,
+        parent: Option<Parent<'a>>,
+        sink: S,
+    ) -> Result<Self> {
+        Ok(Self {
+            request,
+            monitor,
+            parent,
+            sink,
+            frames: Vec::new(),
+            key: Vec::new(),
+            file_systems: HashMap::new(),
+            scratch: request.scratch.clone(),
+            summary: Summary::default(),
+        })
+    }
+
+    fn run(mut self, root: Dir) -> Result<(S, Summary)> {
+        let meta = root.stat().map_err(|error| {
+            Error::new(
+                ErrorKind::Invalid,
+                format!("cannot read the folder to save: {error}"),
+            )
+        })?;
+        self.folder(root, &meta)?;
+        while !self.frames.is_empty() {
+            if self.monitor.is_cancelled() {
+                return Err(Error::cancelled());
+            }
+            self.step()?;
+        }
+        Ok((self.sink, self.summary))
+    }
+
+    /// Handles the next name of the folder the walk is in, or leaves it.
+    fn step(&mut self) -> Result<()> {
+        let Some(frame) = self.frames.last_mut() else {
+            return Ok(());
+        };
+        self.key.truncate(frame.key_len);
+        let name = match frame.listing.next_entry() {
+            Ok(Some(entry)) => entry.name,
+            Ok(None) => return self.leave(),
+            Err(error) => {
+                self.warn(format!("its names cannot be read on: {error}"), true);
+                return self.leave();
+            }
+        };
+        if frame.key_len > 0 {
+            self.key.push(0);
+        }
+        self.key.extend_from_slice(name);
+        let name_at = self.key.len() - name.len();
+        let Some(dir) = frame.dir.clone() else {
+            return Err(Error::invalid("a folder was closed while it was read"));
+        };
+        let name = self.key[name_at..].to_vec();
+        match dir.lstat(&name) {
+            Ok(meta) => self.found(&dir, name, &meta),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.warn("vanished before it could be read".to_owned(), false);
+                Ok(())
+            }
+            Err(error) => {
+                self.warn(format!("cannot be read: {error}"), true);
+                Ok(())
+            }
+        }
+    }
+
+    /// Handles an entry by its kind.
+    fn found(&mut self, dir: &Dir, name: Vec<u8>, meta: &Meta) -> Result<()> {
+        if let Some(excludes) = self.request.excludes
+            && excludes(&path(&self.key), meta.kind == Kind::Dir)
+        {
+            return Ok(());
+        }
+        self.sink.make_room()?;
+        if meta.kind == Kind::Dir {
+            return match dir.open_dir(&name) {
+                // It may have been exchanged since: what counts is what was opened.
+                Ok(opened) => match opened.stat() {
+                    Ok(meta) => self.folder(opened, &meta),
+                    Err(error) => self.unreadable_folder(meta, &error),
+                },
+                Err(error) => self.unreadable_folder(meta, &error),
+            };
+        }
+        let (fs, changed_by) = self.file_system(dir, meta.dev);
+        let known = self.known(meta, fs, changed_by)?;
+        let Err(found) = known else {
+            return Ok(());
+        };
+        if meta.kind == Kind::File {
+            self.summary.files_changed += 1;
+            let part = found
+                .as_ref()
+                .and_then(|found| Some((Parent::part(found)?.clone(), found.node()?.size)));
+            return self.sink.file(NewFile {
+                key: self.key.clone(),
+                path: path(&self.key),
+                dir: dir.clone(),
+                name,
+                meta: *meta,
+                fs,
+                part,
+            });
+        }
+        let path = path(&self.key);
+        let xattrs = file::keep_xattrs(self.monitor, &path, dir.xattrs(&name));
+        let mut node = file::node(meta, fs, xattrs, Content::None);
+        if meta.kind == Kind::Symlink {
+            match dir.read_link(&name) {
+                Ok(target) => {
+                    node.size = target.len() as u64;
+                    node.content = Content::Inline(target);
+                }
+                Err(error) => {
+                    self.warn(format!("the link cannot be read: {error}"), true);
+                    return Ok(());
+                }
+            }
+        }
+        self.monitor.advance(1, 0);
+        self.sink.entry(Entry {
+            key: self.key.clone(),
+            body: Body::Node(node),
+        })
+    }
+
+    /// Takes an entry over from the parent if it is unchanged: `Ok`. Otherwise `Err` with what the
+    /// parent has under this name.
+    fn known(
+        &mut self,
+        meta: &Meta,
+        fs: u32,
+        changed_by: ChangedBy,
+    ) -> Result<std::result::Result<(), Option<Found>>> {
+        let Some(parent) = &mut self.parent else {
+            return Ok(Err(None));
+        };
+        let found = match parent.find(&self.key) {
+            Ok(found) => found,
+            Err(error) => {
+                self.lose_parent(&error);
+                return Ok(Err(None));
+            }
+        };
+        let Some(found) = found else {
+            return Ok(Err(None));
+        };
+        if !parent.is_unchanged(&found, meta, fs, changed_by) {
+            return Ok(Err(Some(found)));
+        }
+        let has_extents = found
+            .node()
+            .is_some_and(|node| node.content == Content::Extents);
+        let mut extents = Vec::new();
+        while has_extents {
+            match parent.next_extent() {
+                Ok(Some(extent)) if extent.is_usable() => extents.push(extent),
+                Ok(None) => break,
+                Ok(Some(_)) => return Ok(Err(None)),
+                Err(error) => {
+                    self.lose_parent(&error);
+                    return Ok(Err(None));
+                }
+            }
+        }
+        self.monitor
+            .advance(1, found.node().map_or(0, |node| node.size));
+        if meta.kind == Kind::File {
+            self.summary.files_unmodified += 1;
+        }
+        self.sink.unchanged(&found)?;
+        extents
+            .iter()
+            .try_for_each(|extent| self.sink.unchanged(extent))?;
+        Ok(Ok(()))
+    }
+
+    /// Goes on without the parent from here: its tree is damaged.
+    fn lose_parent(&mut self, error: &Error) {
+        let why = chunkstore::error::chain(error);
+        let message = format!(
+            "from here on all is read anew, since the parent snapshot cannot be read: {why}"
+        );
+        self.warn(message, false);
+        self.parent = None;
+    }
+
+    /// Adds a folder's own entry and descends into it.
+    fn folder(&mut self, dir: Dir, meta: &Meta) -> Result<()> {
+        let root_dev = self.frames.first().map_or(meta.dev, |root| root.dev);
+        let (fs, changed_by) = self.file_system(&dir, meta.dev);
+        if self.known(meta, fs, changed_by)?.is_err() {
+            let path = path(&self.key);
+            let xattrs = file::keep_xattrs(self.monitor, &path, dir.own_xattrs());
+            let node = file::node(meta, fs, xattrs, Content::None);
+            self.monitor.advance(1, 0);
+            self.sink.entry(Entry {
+                key: self.key.clone(),
+                body: Body::Node(node),
+            })?;
+        }
+        let other_fs = self.request.one_file_system && meta.dev != root_dev;
+        if other_fs || (self.request.exclude_caches && is_cache(&dir)) {
+            return Ok(());
+        }
+        let listing =
+            match Listing::read(&dir, self.request.resources.listing_bytes(), &self.scratch) {
+                Ok(listing) => listing,
+                Err(error) => {
+                    self.warn(format!("its content cannot be listed: {error}"), true);
+                    return Ok(());
+                }
+            };
+        if let Some(far) = self.frames.len().checked_sub(OPEN_DIRS_MAX) {
+            self.frames[far].dir = None;
+        }
+        let (dev, ino, key_len) = (meta.dev, meta.ino, self.key.len());
+        self.frames.push(Frame {
+            dir: Some(dir),
+            dev,
+            ino,
+            listing,
+            key_len,
+            fs,
+            changed_by,
+        });
+        Ok(())
+    }
+
+    fn unreadable_folder(&mut self, meta: &Meta, error: &io::Error) -> Result<()> {
+        if error.kind() == io::ErrorKind::NotFound {
+            self.warn("vanished before it could be read".to_owned(), false);
+            return Ok(());
+        }
+        self.warn(format!("the folder cannot be opened: {error}"), true);
+        let fs = self
+            .file_systems
+            .get(&meta.dev)
+            .map_or(0, |(number, _)| *number);
+        let node = file::node(meta, fs, Vec::new(), Content::None);
+        self.sink.entry(Entry {
+            key: self.key.clone(),
+            body: Body::Node(node),
+        })
+    }
+
+    /// Leaves a folder, opening the one above again if it was closed.
+    fn leave(&mut self) -> Result<()> {
+        let Some(left) = self.frames.pop() else {
+            return Ok(());
+        };
+        let (Some(above), Some(dir)) = (self.frames.last_mut(), &left.dir) else {
+            return Ok(());
+        };
+        if above.dir.is_none() {
+            let reopened = dir.reopen_parent(above.dev, above.ino).map_err(|error| {
+                let below = path(&self.key[..left.key_len.min(self.key.len())]);
+                let below = crate::monitor::display_path(&below);
+                Error::new(
+                    ErrorKind::Store,
+                    format!("cannot go back up from '{below}', which was moved meanwhile: {error}"),
+                )
+            })?;
+            above.dir = Some(reopened);
+        }
+        Ok(())
+    }
+
+    /// Number of the file system with device `dev`, and how to tell changes there.
+    fn file_system(&mut self, dir: &Dir, dev: u64) -> (u32, ChangedBy) {
+        if let Some(frame) = self.frames.last()
+            && frame.dev == dev
+        {
+            return (frame.fs, frame.changed_by);
+        }
+        let next = self.file_systems.len() as u32;
+        *self.file_systems.entry(dev).or_insert_with(|| {
+            let by_traits = || {
+                FsTraits::of(dir).map_or(ChangedBy::Mtime, |traits| {
+                    ChangedBy::for_file_system(&traits)
+                })
+            };
+            (next, self.request.changed_by.unwrap_or_else(by_traits))
+        })
+    }
+
+    fn warn(&self, message: String, missing: bool) {
+        self.monitor.warning(Warning {
+            path: path(&self.key),
+            message,
+            missing,
+        });
+    }
+}
+
+fn path(key: &[u8]) -> Vec<u8> {
+    key.iter()
+        .map(|byte| if *byte == 0 { b'/' } else { *byte })
+        .collect()
+}
+
+fn is_cache(dir: &Dir) -> bool {
+    use std::io::Read;
+    let Ok((tag, _)) = dir.open_file(b"CACHEDIR.TAG") else {
+        return false;
+    };
+    let mut start = Vec::new();
+    let read = tag.take(CACHE_TAG.len() as u64).read_to_end(&mut start);
+    read.is_ok() && start == CACHE_TAG
+}
+
+/// Only counts.
+#[derive(Default)]
+struct CountOnly {
+    summary: Summary,
+}
+
+impl Sink for CountOnly {
+    fn entry(&mut self, entry: Entry) -> Result<()> {
+        count(&mut self.summary, &entry);
+        Ok(())
+    }
+
+    fn unchanged(&mut self, found: &Found) -> Result<()> {
+        count(&mut self.summary, found.entry());
+        Ok(())
+    }
+
+    fn file(&mut self, file: NewFile) -> Result<()> {
+        self.summary.files += 1;
+        self.summary.bytes += file.meta.size;
+        self.summary.bytes_read += file.meta.size;
+        Ok(())
+    }
+
+    fn make_room(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Hands files to the workers and puts what comes back in its place.
+struct Pipeline<'a> {
+    assembler: Assembler<'a>,
+    bundle: BundlePlanner,
+    /// The folder of the file last put into the bundle, to count folders.
+    bundle_dir: Option<Vec<u8>>,
+    jobs: Sender<Job>,
+    done: Receiver<Done>,
+    /// Jobs whose result has not come yet.
+    outstanding: usize,
+    blocks: Blocks,
+    large: LargeFile,
+    shared: &'a Shared<'a>,
+}
+
+impl Sink for Pipeline<'_> {
+    fn entry(&mut self, entry: Entry) -> Result<()> {
+        self.assembler.push(entry);
+        Ok(())
+    }
+
+    fn unchanged(&mut self, found: &Found) -> Result<()> {
+        self.assembler.push_unchanged(&found.leaf, found.at);
+        Ok(())
+    }
+
+    fn file(&mut self, file: NewFile) -> Result<()> {
+        self.shared.monitor.advance(1, 0);
+        let NewFile {
+            key,
+            path,
+            dir,
+            name,
+            meta,
+            fs,
+            part,
+        } = file;
+        let linked = meta.nlink > 1 && meta.size <= LARGE_FILE_BYTES;
+        if linked && self.assembler.is_known_link(fs, meta.ino) {
+            let xattrs = file::keep_xattrs(self.shared.monitor, &path, dir.xattrs(&name));
+            let node = file::node(&meta, fs, xattrs, Content::None);
+            self.assembler.push_link(key, node);
+            return Ok(());
+        }
+        if linked {
+            self.assembler.expect_link(fs, meta.ino);
+        }
+        if meta.size > LARGE_FILE_BYTES {
+            let file = FileToRead {
+                ticket: 0,
+                dir,
+                name,
+                path,
+                fs,
+                part,
+            };
+            return self.large_file(&key, &file);
+        }
+        let folder_len = key.len() - name.len();
+        let folder = &key[..folder_len];
+        let new_dir = self.bundle_dir.as_deref() != Some(folder);
+        if new_dir {
+            self.bundle_dir = Some(folder.to_vec());
+        }
+        let ticket = self.assembler.reserve(key);
+        let file = FileToRead {
+            ticket,
+            dir,
+            name,
+            path,
+            fs,
+            part,
+        };
+        if meta.size >= SMALL_FILE_BYTES {
+            return self.submit(Job::File(file));
+        }
+        for bundle in self
+            .bundle
+            .push(file, meta.size, new_dir)
+            .into_iter()
+            .flatten()
+        {
+            self.submit(Job::Bundle(bundle))?;
+        }
+        Ok(())
+    }
+
+    fn make_room(&mut self) -> Result<()> {
+        while let Ok(done) = self.done.try_recv() {
+            self.accept(done)?;
+        }
+        if self.assembler.is_full() {
+            self.advance()?;
+        }
+        if self.assembler.is_full() {
+            self.flush_bundle()?;
+        }
+        while self.assembler.is_full() && self.outstanding > 0 {
+            self.wait()?;
+            self.advance()?;
+        }
+        Ok(())
+    }
+}
+
+impl Pipeline<'_> {
+    fn advance(&mut self) -> Result<()> {
+        self.assembler.advance(false)?;
+        for key in self.assembler.take_unread_links() {
+            let message = "another name of this file could not be read".to_owned();
+            let warning = Warning {
+                path: path(&key),
+                message,
+                missing: true,
+            };
+            self.shared.monitor.warning(warning);
+        }
+        Ok(())
+    }
+
+    fn flush_bundle(&mut self) -> Result<()> {
+        self.bundle_dir = None;
+        match self.bundle.take() {
+            Some(bundle) => self.submit(Job::Bundle(bundle)),
+            None => Ok(()),
+        }
+    }
+
+    /// Gives a job to the workers, taking results while they are busy.
+    fn submit(&mut self, mut job: Job) -> Result<()> {
+        loop {
+            use crossbeam_channel::TrySendError;
+            match self.jobs.try_send(job) {
+                Ok(()) => {
+                    self.outstanding += 1;
+                    return Ok(());
+                }
+                Err(TrySendError::Full(back)) => job = back,
+                Err(TrySendError::Disconnected(_)) => return Err(worker_died()),
+            }
+            self.wait()?;
+        }
+    }
+
+    /// Waits for one result.
+    fn wait(&mut self) -> Result<()> {
+        let done = self.done.recv().map_err(|_| worker_died())?;
+        self.accept(done)
+    }
+
+    fn accept(&mut self, done: Done) -> Result<()> {
+        self.outstanding -= 1;
+        match done {
+            Done::Files(files) => {
+                for (ticket, node) in files {
+                    self.assembler.resolve(ticket, node);
+                }
+            }
+            Done::Chunk { number, blob } => self.large.resolve(number, blob),
+            Done::Failed(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Reads and cuts a large file here, and lets the workers do the rest.
+    fn large_file(&mut self, key: &[u8], file: &FileToRead) -> Result<()> {
+        // What waits in the bundle would hold up the queue for as long as this file takes.
+        self.flush_bundle()?;
+        let monitor = self.shared.monitor;
+        monitor.begin(&file.path);
+        let Some((open, mut node)) = file::open(monitor, file) else {
+            return Ok(());
+        };
+        let ranges = file::ranges(&open, &node);
+        node.content = Content::Extents;
+        let body = Body::Node(node.clone());
+        self.assembler.push(Entry {
+            key: key.to_vec(),
+            body,
+        });
+        self.large = LargeFile {
+            key: key.to_vec(),
+            ..LargeFile::default()
+        };
+        let mut read = node.size;
+        for (offset, len) in ranges {
+            let mut reader = BlockReader::new(offset, len);
+            if let Err(error) = self.cut_range(&open, &mut reader)? {
+                let message = format!("cannot be read from byte {} on: {error}", reader.read_to());
+                monitor.warning(Warning {
+                    path: file.path.clone(),
+                    message,
+                    missing: true,
+                });
+                break;
+            }
+            if reader.read_to() < offset + len && file::is_shorter(&open, node.size) {
+                read = reader.read_to();
+                break;
+            }
+        }
+        while !self.large.is_complete() {
+            self.wait()?;
+            self.push_extents(false)?;
+        }
+        self.push_extents(true)?;
+        file::note_changes(monitor, &file.path, &open, &mut node, read);
+        Ok(())
+    }
+
+    /// Hands out the chunks of one range. The inner result is that of reading.
+    fn cut_range(&mut self, open: &File, reader: &mut BlockReader) -> Result<io::Result<()>> {
+        let chunker = self.shared.repository.chunker();
+        while !reader.is_done() {
+            if self.shared.monitor.is_cancelled() {
+                return Err(Error::cancelled());
+            }
+            let bytes = self.free_block()?;
+            let before = reader.read_to();
+            let cut = match reader.next(&self.blocks, bytes, open, chunker) {
+                Ok(cut) => cut,
+                Err(error) => return Ok(Err(error)),
+            };
+            let read = reader.read_to() - before;
+            let counters = &self.shared.counters;
+            counters
+                .bytes_read
+                .fetch_add(read, std::sync::atomic::Ordering::Relaxed);
+            for (offset, from, to) in cut.chunks {
+                let number = self.large.expect(offset);
+                let block = cut.block.clone();
+                self.submit(Job::Chunk {
+                    block,
+                    from,
+                    to,
+                    number,
+                })?;
+            }
+            self.push_extents(false)?;
+        }
+        Ok(Ok(()))
+    }
+
+    fn free_block(&mut self) -> Result<Vec<u8>> {
+        loop {
+            let free = self.blocks.free().clone();
+            crossbeam_channel::select! {
+                recv(free) -> bytes => return bytes.map_err(|_| worker_died()),
+                recv(self.done) -> done => {
+                    let done = done.map_err(|_| worker_died())?;
+                    self.accept(done)?;
+                }
+            }
+        }
+    }
+
+    fn push_extents(&mut self, last: bool) -> Result<()> {
+        while let Some(extent) = self.large.next_extent(last) {
+            self.assembler.push(extent);
+        }
+        self.make_room()
+    }
+
+    fn finish(mut self) -> Result<(NodeRef, u8, Summary)> {
+        self.flush_bundle()?;
+        while self.outstanding > 0 {
+            self.wait()?;
+            if self.assembler.is_full() {
+                self.advance()?;
+            }
+        }
+        self.advance()?;
+        self.assembler.finish()
+    }
+}
+
+/// The large file being cut: its chunks on the way, and the extent entry being filled.
+#[derive(Default)]
+struct LargeFile {
+    key: Vec<u8>,
+    /// Number of the first chunk in `pending`.
+    first: u64,
+    /// Offsets of chunks in order, and what is known of each: its blob, or that it is zero.
+    pending: VecDeque<(u64, Option<Option<BlobRef>>)>,
+    extent: Vec<Chunk>,
+}
+
+impl LargeFile {
+    /// Expects a chunk at `offset`; returns its number.
+    fn expect(&mut self, offset: u64) -> u64 {
+        self.pending.push_back((offset, None));
+        self.first + self.pending.len() as u64 - 1
+    }
+
+    fn resolve(&mut self, number: u64, blob: Option<BlobRef>) {
+        self.pending[(number - self.first) as usize].1 = Some(blob);
+    }
+
+    fn is_complete(&self) -> bool {
+        self.pending.iter().all(|(_, known)| known.is_some())
+    }
+
+    /// The next extent entry, if its chunks are known; at the `last` call also an unfinished one.
+    fn next_extent(&mut self, last: bool) -> Option<Entry> {
+        let grid = |offset: u64| offset / EXTENT_SPAN_BYTES;
+        while let Some((offset, Some(blob))) = self.pending.front().copied() {
+            let ends = self
+                .extent
+                .first()
+                .is_some_and(|first| grid(first.offset) != grid(offset));
+            if ends {
+                return self.take_extent();
+            }
+            self.pending.pop_front();
+            self.first += 1;
+            self.extent.extend(blob.map(|blob| Chunk { offset, blob }));
+        }
+        if last { self.take_extent() } else { None }
+    }
+
+    fn take_extent(&mut self) -> Option<Entry> {
+        let first = self.extent.first()?.offset;
+        let key = extent_key(&self.key, first);
+        Some(Entry {
+            key,
+            body: Body::Extent(std::mem::take(&mut self.extent)),
+        })
+    }
+}
+
+fn worker_died() -> Error {
+    Error::new(ErrorKind::Store, "a worker thread ended unexpectedly")
+}

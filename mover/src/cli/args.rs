@@ -1,0 +1,495 @@
+//! The command line as typed.
+
+use std::path::PathBuf;
+
+use chunkstore::codec::compress::Level;
+use clap::builder::styling::Styles;
+use clap::{Args as ClapArgs, CommandFactory, Parser, Subcommand, ValueEnum};
+
+use crate::backup::ChangedBy;
+use crate::restore::Overwrite;
+
+/// Deduplicating, compressing, encrypting backups.
+///
+/// Example: save a folder, and get it back.
+///
+///   ebackup --repo /srv/backup backup --init /home/me
+///   ebackup --repo /srv/backup restore latest --target /tmp/me
+#[derive(Parser)]
+#[command(name = "ebackup", version, verbatim_doc_comment, styles = Styles::plain())]
+pub(super) struct Args {
+    #[command(flatten)]
+    pub(super) global: Global,
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(ClapArgs)]
+pub(super) struct Global {
+    /// The repository: a folder.
+    #[arg(long, short, global = true, env = "EBACKUP_REPO", value_name = "DIR")]
+    pub(super) repo: Option<String>,
+    /// File whose first line is the password. Else EBACKUP_PASSWORD is used, if set.
+    #[arg(
+        long,
+        global = true,
+        env = "EBACKUP_PASSWORD_FILE",
+        value_name = "FILE"
+    )]
+    pub(super) password_file: Option<PathBuf>,
+    /// Key file. Without any secret, the one that 'init' made for this repository is used.
+    #[arg(
+        long,
+        global = true,
+        env = "EBACKUP_KEY_FILE",
+        value_name = "FILE",
+        conflicts_with = "password_file"
+    )]
+    pub(super) key_file: Option<PathBuf>,
+    /// Memory the program may use, at least 96M [default: 256M, or 75 % of the control group's
+    /// limit if that is less].
+    #[arg(long, global = true, env = "EBACKUP_MEMORY", value_name = "SIZE", value_parser = size)]
+    pub(super) memory: Option<u64>,
+    /// Print JSON, one object a line; the last one is the summary.
+    #[arg(long, global = true)]
+    pub(super) json: bool,
+    /// Print no progress.
+    #[arg(long, short, global = true)]
+    pub(super) quiet: bool,
+}
+
+#[derive(Subcommand)]
+pub(super) enum Command {
+    /// Make a repository.
+    ///
+    /// Example: ebackup --repo /srv/backup init
+    Init(Init),
+    /// Save a folder as a snapshot.
+    ///
+    /// Example: ebackup --repo /srv/backup backup /home/me --exclude '*.tmp' --tag reason=daily
+    Backup(Backup),
+    /// List snapshots.
+    ///
+    /// Example: ebackup --repo /srv/backup snapshots --lineage laptop:/home/me
+    Snapshots(Snapshots),
+    /// Restore a snapshot, or a part of it.
+    ///
+    /// Example: ebackup --repo /srv/backup restore latest:photos/2024 --target /tmp/photos
+    Restore(Restore),
+    /// List the content of a snapshot.
+    ///
+    /// Example: ebackup --repo /srv/backup ls latest photos
+    Ls(Ls),
+    /// Tell what differs between two snapshots.
+    ///
+    /// Lines begin with + (only in the second), - (only in the first), M (content differs) or
+    /// U (owner, mode, times or attributes differ).
+    ///
+    /// Example: ebackup --repo /srv/backup diff 3f2a latest
+    Diff(Diff),
+    /// Write a file, or a folder as a tar archive, to standard output.
+    ///
+    /// Example: ebackup --repo /srv/backup dump latest etc/fstab
+    Dump(Dump),
+    /// Verify that every snapshot can be restored.
+    ///
+    /// Example: ebackup --repo /srv/backup check --read-data-subset 5%
+    Check(Check),
+    /// Remove snapshots by name or by rule; 'prune' then frees their space.
+    ///
+    /// Example: ebackup --repo /srv/backup forget --keep-daily 7 --keep-weekly 4
+    Forget(Forget),
+    /// Delete data that no snapshot needs.
+    ///
+    /// Example: ebackup --repo /srv/backup prune --dry-run
+    Prune(Prune),
+    /// Tell how large the repository is, and how its parts are used.
+    ///
+    /// Example: ebackup --repo /srv/backup stats
+    Stats,
+    /// Add, list or remove keys.
+    ///
+    /// Example: ebackup --repo /srv/backup key add --new-password-file /root/password
+    Key(Key),
+    /// Print the completion script of a shell.
+    ///
+    /// Example: ebackup completions bash > /etc/bash_completion.d/ebackup
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(ClapArgs, Default)]
+pub(super) struct Init {
+    /// Cut files at fixed offsets, this many bytes apart, instead of by content. For disk images and
+    /// databases that change in place.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(super) fixed_chunks: Option<u64>,
+}
+
+#[derive(ClapArgs)]
+pub(super) struct Backup {
+    /// The folder to save.
+    pub(super) path: PathBuf,
+    /// Make the repository if there is none.
+    #[arg(long)]
+    pub(super) init: bool,
+    /// Whose previous snapshot to compare with [default: host and path].
+    #[arg(long, value_name = "NAME")]
+    pub(super) lineage: Option<String>,
+    /// Leave out what matches, in the syntax of .gitignore. May be given several times.
+    #[arg(long, value_name = "GLOB")]
+    pub(super) exclude: Vec<String>,
+    /// File with patterns to leave out, one a line.
+    #[arg(long, value_name = "FILE")]
+    pub(super) exclude_file: Vec<PathBuf>,
+    /// Leave out the content of folders marked by a CACHEDIR.TAG.
+    #[arg(long)]
+    pub(super) exclude_caches: bool,
+    /// Do not descend into other file systems.
+    #[arg(long)]
+    pub(super) one_file_system: bool,
+    /// Tag of the snapshot. May be given several times.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = tag)]
+    pub(super) tag: Vec<(String, String)>,
+    /// zstd level from -7 to 22, or 'off'.
+    #[arg(
+        long,
+        value_name = "LEVEL",
+        default_value_t,
+        allow_hyphen_values = true
+    )]
+    pub(super) compression: Level,
+    /// Tell what would be read, and write nothing.
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    /// How to tell a changed file [default: ctime+inode, or mtime where the file system does not keep
+    /// them].
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub(super) changed_by: Option<ChangedByArg>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum ChangedByArg {
+    /// Size, modification time, change time and inode number.
+    #[value(name = "ctime+inode")]
+    CtimeInode,
+    /// Size, modification time, owner and mode.
+    Mtime,
+    /// Read every file.
+    Content,
+}
+
+impl From<ChangedByArg> for ChangedBy {
+    fn from(arg: ChangedByArg) -> Self {
+        match arg {
+            ChangedByArg::CtimeInode => Self::CtimeInode,
+            ChangedByArg::Mtime => Self::Mtime,
+            ChangedByArg::Content => Self::Content,
+        }
+    }
+}
+
+#[derive(ClapArgs)]
+pub(super) struct Snapshots {
+    /// Only those of this lineage.
+    #[arg(long, value_name = "NAME")]
+    pub(super) lineage: Option<String>,
+    /// Only those with this tag. May be given several times.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = tag)]
+    pub(super) tag: Vec<(String, String)>,
+}
+
+/// Which snapshot.
+#[derive(ClapArgs)]
+pub(super) struct Which {
+    /// With 'latest': the newest of this lineage.
+    #[arg(long, value_name = "NAME")]
+    pub(super) lineage: Option<String>,
+}
+
+#[derive(ClapArgs)]
+pub(super) struct Restore {
+    /// Id of the snapshot, the beginning of one, or 'latest'; behind a colon, a path within it.
+    #[arg(value_name = "SNAPSHOT[:SUBPATH]")]
+    pub(super) snapshot: String,
+    #[command(flatten)]
+    pub(super) which: Which,
+    /// Folder to restore into: the content of the saved folder lands directly in it.
+    #[arg(long, short, value_name = "DIR")]
+    pub(super) target: PathBuf,
+    /// Restore only what matches. May be given several times.
+    #[arg(long, value_name = "GLOB")]
+    pub(super) include: Vec<String>,
+    /// Leave out what matches. May be given several times.
+    #[arg(long, value_name = "GLOB")]
+    pub(super) exclude: Vec<String>,
+    /// What to do with files that exist.
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "if-changed")]
+    pub(super) overwrite: OverwriteArg,
+    /// Delete what the snapshot lacks from the folders that are restored.
+    #[arg(long)]
+    pub(super) delete: bool,
+    /// Read back and compare everything that was written.
+    #[arg(long)]
+    pub(super) verify: bool,
+    /// Tell what would be restored, and write nothing.
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    /// Leave everything to the user who restores.
+    #[arg(long)]
+    pub(super) no_owner: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum OverwriteArg {
+    /// Replace them.
+    Always,
+    /// Replace them if size or modification time differ.
+    IfChanged,
+    /// Leave them.
+    Never,
+}
+
+impl From<OverwriteArg> for Overwrite {
+    fn from(arg: OverwriteArg) -> Self {
+        match arg {
+            OverwriteArg::Always => Self::Always,
+            OverwriteArg::IfChanged => Self::IfChanged,
+            OverwriteArg::Never => Self::Never,
+        }
+    }
+}
+
+#[derive(ClapArgs)]
+pub(super) struct Ls {
+    /// Id of the snapshot, the beginning of one, or 'latest'.
+    pub(super) snapshot: String,
+    /// Path within it.
+    pub(super) subpath: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) which: Which,
+    /// Also what lies in the folders below.
+    #[arg(long, short = 'R')]
+    pub(super) recursive: bool,
+}
+
+#[derive(ClapArgs)]
+pub(super) struct Diff {
+    /// The first snapshot.
+    pub(super) first: String,
+    /// The second snapshot.
+    pub(super) second: String,
+    #[command(flatten)]
+    pub(super) which: Which,
+}
+
+#[derive(ClapArgs)]
+pub(super) struct Dump {
+    /// Id of the snapshot, the beginning of one, or 'latest'.
+    pub(super) snapshot: String,
+    /// Path within it.
+    pub(super) path: PathBuf,
+    #[command(flatten)]
+    pub(super) which: Which,
+}
+
+#[derive(ClapArgs)]
+pub(super) struct Check {
+    /// Also decrypt and hash all data.
+    #[arg(long, conflicts_with = "read_data_subset")]
+    pub(super) read_data: bool,
+    /// Also decrypt and hash a random part of the data.
+    #[arg(long, value_name = "PERCENT", value_parser = percent)]
+    pub(super) read_data_subset: Option<f64>,
+    /// Write the index anew from what the packs say they hold.
+    #[arg(long, conflicts_with_all = ["read_data", "read_data_subset"])]
+    pub(super) repair_index: bool,
+}
+
+#[derive(ClapArgs)]
+pub(super) struct Forget {
+    /// Snapshots to forget: ids, or the beginnings of some.
+    #[arg(conflicts_with = "policy")]
+    pub(super) snapshots: Vec<String>,
+    #[command(flatten)]
+    pub(super) policy: Policy,
+    /// Only snapshots of this lineage.
+    #[arg(long, value_name = "NAME")]
+    pub(super) lineage: Option<String>,
+    /// Free the space at once.
+    #[arg(long)]
+    pub(super) prune: bool,
+    /// Tell what would be forgotten, and change nothing.
+    #[arg(long)]
+    pub(super) dry_run: bool,
+}
+
+/// Which snapshots of each lineage to keep; the others are forgotten.
+#[derive(ClapArgs)]
+#[group(id = "policy", multiple = true)]
+pub(super) struct Policy {
+    /// Keep the newest N.
+    #[arg(long, value_name = "N", default_value_t)]
+    pub(super) keep_last: u32,
+    /// Keep the newest of each of the last N hours that have any.
+    #[arg(long, value_name = "N", default_value_t)]
+    pub(super) keep_hourly: u32,
+    /// Keep the newest of each of the last N days that have any.
+    #[arg(long, value_name = "N", default_value_t)]
+    pub(super) keep_daily: u32,
+    /// Keep the newest of each of the last N weeks that have any.
+    #[arg(long, value_name = "N", default_value_t)]
+    pub(super) keep_weekly: u32,
+    /// Keep the newest of each of the last N months that have any.
+    #[arg(long, value_name = "N", default_value_t)]
+    pub(super) keep_monthly: u32,
+    /// Keep the newest of each of the last N years that have any.
+    #[arg(long, value_name = "N", default_value_t)]
+    pub(super) keep_yearly: u32,
+    /// Keep all that are at most this much older than the newest (2h, 7d, 1mo, 1y).
+    #[arg(long, value_name = "DURATION", value_parser = span)]
+    pub(super) keep_within: Option<jiff::Span>,
+}
+
+#[derive(ClapArgs)]
+pub(super) struct Prune {
+    /// How long a backup may give no sign of life before it is declared dead.
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = duration)]
+    pub(super) grace: std::time::Duration,
+    /// Print what would be deleted, and change nothing.
+    #[arg(long)]
+    pub(super) dry_run: bool,
+}
+
+#[derive(ClapArgs)]
+pub(super) struct Key {
+    #[command(subcommand)]
+    pub(super) command: KeyCommand,
+}
+
+#[derive(Subcommand)]
+pub(super) enum KeyCommand {
+    /// Add a key: a password from a file, or a new key file.
+    ///
+    /// Example: ebackup --repo /srv/backup key add --new-password-file /root/password
+    Add {
+        /// File whose first line is the new password.
+        #[arg(long, value_name = "FILE", required_unless_present = "new_key_file")]
+        new_password_file: Option<PathBuf>,
+        /// Key file to make.
+        #[arg(long, value_name = "FILE", conflicts_with = "new_password_file")]
+        new_key_file: Option<PathBuf>,
+        /// What to call the key.
+        #[arg(long, default_value = "")]
+        label: String,
+    },
+    /// List keys.
+    ///
+    /// Example: ebackup --repo /srv/backup key list
+    List,
+    /// Remove a key.
+    ///
+    /// Example: ebackup --repo /srv/backup key remove 0f3a55e1c2d4b697
+    Remove {
+        /// Its id.
+        id: String,
+    },
+}
+
+/// Writes the completion script for `shell` to standard output.
+pub(super) fn completions(shell: clap_complete::Shell) {
+    clap_complete::generate(
+        shell,
+        &mut Args::command(),
+        "ebackup",
+        &mut std::io::stdout(),
+    );
+}
+
+/// Parses a size: a number with an optional suffix K, M, G or T (powers of 1024).
+fn size(text: &str) -> Result<u64, String> {
+    let trimmed = text.trim_end_matches(['B', 'b']).trim_end_matches('i');
+    let (number, shift) = match trimmed.char_indices().last() {
+        Some((at, 'K' | 'k')) => (&trimmed[..at], 10),
+        Some((at, 'M' | 'm')) => (&trimmed[..at], 20),
+        Some((at, 'G' | 'g')) => (&trimmed[..at], 30),
+        Some((at, 'T' | 't')) => (&trimmed[..at], 40),
+        _ => (trimmed, 0),
+    };
+    let bytes = number
+        .parse::<u64>()
+        .ok()
+        .and_then(|number| number.checked_mul(1 << shift));
+    bytes.ok_or_else(|| "a size is a number with K, M, G or T behind it".to_owned())
+}
+
+fn tag(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("a tag has the form KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    let number = text.strip_suffix('%').unwrap_or(text).parse::<f64>();
+    number
+        .ok()
+        .filter(|percent| (0.0..=100.0).contains(percent))
+        .ok_or_else(|| "a percentage lies between 0% and 100%".to_owned())
+}
+
+fn span(text: &str) -> Result<jiff::Span, String> {
+    text.parse().map_err(|error| format!("{error}"))
+}
+
+fn duration(text: &str) -> Result<std::time::Duration, String> {
+    let signed: jiff::SignedDuration = text.parse().map_err(|error| format!("{error}"))?;
+    signed
+        .try_into()
+        .map_err(|_| "a duration is not negative".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_read_with_their_suffixes() {
+        let table = [
+            ("0", 0),
+            ("7", 7),
+            ("96M", 96 << 20),
+            ("1GiB", 1 << 30),
+            ("2kb", 2048),
+        ];
+        for (text, bytes) in table {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for wrong in ["", "M", "-1", "1.5G", "99999999999T", "1X"] {
+            assert!(size(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn every_command_has_an_example() {
+        fn visit(command: &clap::Command) {
+            for command in command
+                .get_subcommands()
+                .filter(|command| command.get_name() != "help")
+            {
+                let help = command.get_long_about().or(command.get_about());
+                let has_example = help.is_some_and(|help| help.to_string().contains("Example:"));
+                assert!(has_example, "{}", command.get_name());
+                if command.get_name() != "key" {
+                    visit(command);
+                }
+            }
+        }
+        visit(&Args::command());
+    }
+}

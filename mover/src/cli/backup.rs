@@ -1,0 +1,220 @@
+//! `backup`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result, bail};
+use chunkstore::id::SnapshotId;
+use chunkstore::repository::Repository;
+use chunkstore::{Error, ErrorKind};
+use ignore::gitignore::{Gitignore, GitignoreBuilder};
+use serde::Serialize;
+
+use super::args::{Backup, Global, Init};
+use super::output::{Output, bytes, seconds};
+use super::progress::Progress;
+use super::{DONE, INCOMPLETE, keys, now, secret};
+use crate::backup::{Outcome, Request, backup};
+
+/// The last line of `backup --json`.
+#[derive(Serialize)]
+struct SummaryLine {
+    r#type: &'static str,
+    snapshot: Option<SnapshotId>,
+    parent: Option<SnapshotId>,
+    files: u64,
+    dirs: u64,
+    bytes: u64,
+    bytes_read: u64,
+    bytes_stored: u64,
+    blobs_new: u64,
+    files_changed: u64,
+    files_unmodified: u64,
+    files_unreadable: u64,
+    warnings: u64,
+    seconds: f64,
+    dry_run: bool,
+}
+
+pub(super) fn run(
+    global: &Global,
+    args: &Backup,
+    output: &Output,
+    cancelled: &Arc<AtomicBool>,
+) -> Result<u8> {
+    let resources = secret::resources(global)?;
+    let excludes = exclude_rules(args)?;
+    let repository = open_or_create(global, args, output)?;
+    let source = std::path::absolute(&args.path)
+        .with_context(|| format!("cannot tell where '{}' is", args.path.display()))?;
+    let host = host();
+    let lineage = args
+        .lineage
+        .clone()
+        .unwrap_or_else(|| default_lineage(&host, &source));
+    let matcher = |path: &[u8], is_dir: bool| is_excluded(excludes.as_ref(), path, is_dir);
+    let request = Request {
+        source,
+        lineage,
+        host,
+        tags: args.tag.iter().cloned().collect::<BTreeMap<_, _>>(),
+        excludes: excludes.is_some().then_some(&matcher),
+        exclude_caches: args.exclude_caches,
+        one_file_system: args.one_file_system,
+        changed_by: args.changed_by.map(Into::into),
+        compression: args.compression,
+        dry_run: args.dry_run,
+        resources,
+        scratch: secret::scratch(),
+        now: now(),
+    };
+    let mut progress = Progress::start("saved", global.quiet, output, cancelled);
+    expect_as_last_time(&repository, &request.lineage, &progress);
+    let result = backup(&repository, &request, &now, &progress);
+    progress.end();
+    let outcome = result.map_err(|error| {
+        if error.kind() == ErrorKind::Cancelled {
+            let message =
+                "interrupted; what was uploaded is kept, and the next backup continues there";
+            return anyhow::Error::new(Error::new(ErrorKind::Cancelled, message));
+        }
+        error.into()
+    })?;
+    report(&outcome, &progress, args, output)
+}
+
+fn open_or_create(global: &Global, args: &Backup, output: &Output) -> Result<Arc<Repository>> {
+    if !args.init {
+        return secret::open(global);
+    }
+    let exists = match secret::store(global)
+        .ok()
+        .map(|store| Repository::identify(&*store))
+    {
+        None => false,
+        Some(Ok(_)) => true,
+        Some(Err(error)) if error.kind() == ErrorKind::NotFound => false,
+        Some(Err(error)) => return Err(error.into()),
+    };
+    if exists {
+        secret::open(global)
+    } else {
+        keys::create(global, &Init::default(), output)
+    }
+}
+
+fn exclude_rules(args: &Backup) -> Result<Option<Gitignore>> {
+    if args.exclude.is_empty() && args.exclude_file.is_empty() {
+        return Ok(None);
+    }
+    let mut rules = GitignoreBuilder::new("");
+    for file in &args.exclude_file {
+        if let Some(error) = rules.add(file) {
+            bail!("cannot read the exclude file '{}': {error}", file.display());
+        }
+    }
+    for glob in &args.exclude {
+        rules
+            .add_line(None, glob)
+            .with_context(|| format!("'{glob}' is not a usable pattern"))?;
+    }
+    Ok(Some(
+        rules
+            .build()
+            .context("the patterns to exclude cannot be used")?,
+    ))
+}
+
+fn is_excluded(rules: Option<&Gitignore>, path: &[u8], is_dir: bool) -> bool {
+    use std::os::unix::ffi::OsStrExt;
+    let path = Path::new(std::ffi::OsStr::from_bytes(path));
+    rules.is_some_and(|rules| rules.matched(path, is_dir).is_ignore())
+}
+
+fn host() -> String {
+    rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .into_owned()
+}
+
+fn default_lineage(host: &str, source: &Path) -> String {
+    // Components are what counts: 'a/' and 'a/.' are the folder 'a'.
+    let path: PathBuf = source.components().collect();
+    use std::os::unix::ffi::OsStrExt;
+    format!(
+        "{host}:{}",
+        crate::monitor::display_path(path.as_os_str().as_bytes())
+    )
+}
+
+/// The size of the previous snapshot is the best guess for this one.
+fn expect_as_last_time(repository: &Repository, lineage: &str, progress: &Progress) {
+    if let Ok(list) = repository.list_snapshots()
+        && let Some((_, last)) = list
+            .snapshots
+            .iter()
+            .rfind(|(_, one)| one.lineage == lineage)
+    {
+        progress.expect(last.summary.bytes);
+    }
+}
+
+fn report(outcome: &Outcome, progress: &Progress, args: &Backup, output: &Output) -> Result<u8> {
+    let summary = outcome.summary;
+    let (warnings, missing) = progress.warnings();
+    let elapsed = progress.seconds();
+    let changed = format!(
+        "{} files and {} folders, {}; {} read, {} unchanged",
+        summary.files,
+        summary.dirs,
+        bytes(summary.bytes),
+        summary.files_changed,
+        summary.files_unmodified,
+    );
+    match outcome.id {
+        Some(id) => {
+            output.line(changed)?;
+            let parent = match outcome.parent {
+                Some(parent) => format!(" (compared with {})", parent.short()),
+                None => String::new(),
+            };
+            output.line(format!(
+                "saved snapshot {}{parent}: {} read, {} stored, in {}",
+                id.short(),
+                bytes(summary.bytes_read),
+                bytes(summary.bytes_stored),
+                seconds(elapsed as u64),
+            ))?;
+        }
+        None => output.line(format!(
+            "would save {changed} ({})",
+            bytes(summary.bytes_read)
+        ))?,
+    }
+    if warnings > 0 {
+        output.line(format!(
+            "{warnings} warnings; {missing} files or folders are not saved"
+        ))?;
+    }
+    output.object(&SummaryLine {
+        r#type: "summary",
+        snapshot: outcome.id,
+        parent: outcome.parent,
+        files: summary.files,
+        dirs: summary.dirs,
+        bytes: summary.bytes,
+        bytes_read: summary.bytes_read,
+        bytes_stored: summary.bytes_stored,
+        blobs_new: summary.blobs_new,
+        files_changed: summary.files_changed,
+        files_unmodified: summary.files_unmodified,
+        files_unreadable: missing,
+        warnings,
+        seconds: elapsed,
+        dry_run: args.dry_run,
+    })?;
+    Ok(if missing > 0 { INCOMPLETE } else { DONE })
+}

@@ -1,0 +1,266 @@
+//! Progress on standard error: a live line on a terminal, a line now and then elsewhere, JSON on
+//! request; and the warnings in between.
+
+use std::io::{self, IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::output::{Output, bytes, seconds};
+use crate::monitor::{Monitor, Warning, display_path};
+
+/// How often the live line is drawn.
+const LIVE: Duration = Duration::from_millis(200);
+/// How often a line is printed where there is no terminal.
+const LOG: Duration = Duration::from_secs(30);
+/// How often a JSON status is printed.
+const JSON: Duration = Duration::from_secs(1);
+
+/// Follows a job and tells about it.
+pub(super) struct Progress {
+    state: Arc<State>,
+    printer: Option<JoinHandle<()>>,
+}
+
+struct State {
+    mode: Mode,
+    verb: &'static str,
+    start: Instant,
+    cancelled: Arc<AtomicBool>,
+    entries: AtomicU64,
+    bytes: AtomicU64,
+    total_bytes: AtomicU64,
+    warnings: AtomicU64,
+    missing: AtomicU64,
+    current: Mutex<Vec<u8>>,
+    ended: AtomicBool,
+    /// Held while something is printed, so that lines do not mix.
+    printing: Mutex<()>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Mode {
+    Silent,
+    Live,
+    Log,
+    Json,
+}
+
+#[derive(Serialize)]
+struct Status<'a> {
+    r#type: &'static str,
+    files: u64,
+    bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    total_bytes: Option<u64>,
+    seconds: f64,
+    current: &'a str,
+}
+
+#[derive(Serialize)]
+struct WarningLine<'a> {
+    r#type: &'static str,
+    path: &'a str,
+    message: &'a str,
+    missing: bool,
+}
+
+impl Progress {
+    /// Begins to tell about a job that does `verb` ("saved") to files.
+    pub(super) fn start(
+        verb: &'static str,
+        quiet: bool,
+        output: &Output,
+        cancelled: &Arc<AtomicBool>,
+    ) -> Self {
+        let mode = match () {
+            () if quiet => Mode::Silent,
+            () if output.json => Mode::Json,
+            () if io::stderr().is_terminal() => Mode::Live,
+            () => Mode::Log,
+        };
+        let state = Arc::new(State {
+            mode,
+            verb,
+            start: Instant::now(),
+            cancelled: cancelled.clone(),
+            entries: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+            total_bytes: AtomicU64::new(0),
+            warnings: AtomicU64::new(0),
+            missing: AtomicU64::new(0),
+            current: Mutex::default(),
+            ended: AtomicBool::new(false),
+            printing: Mutex::default(),
+        });
+        let printer = (mode != Mode::Silent).then(|| {
+            let state = state.clone();
+            std::thread::spawn(move || state.print_regularly())
+        });
+        Self { state, printer }
+    }
+
+    /// Sets the bytes expected in all, for percentage and remaining time.
+    pub(super) fn expect(&self, bytes: u64) {
+        self.state.total_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Seconds since the start.
+    pub(super) fn seconds(&self) -> f64 {
+        self.state.start.elapsed().as_secs_f64()
+    }
+
+    /// Warnings so far, and how many of them are files missing altogether.
+    pub(super) fn warnings(&self) -> (u64, u64) {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        (load(&self.state.warnings), load(&self.state.missing))
+    }
+
+    /// Stops printing and clears the live line.
+    pub(super) fn end(&mut self) {
+        self.state.ended.store(true, Ordering::Relaxed);
+        if let Some(printer) = self.printer.take() {
+            printer.thread().unpark();
+            let _ended = printer.join();
+            self.state.clear();
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Monitor for Progress {
+    fn begin(&self, path: &[u8]) {
+        if self.state.mode == Mode::Silent {
+            return;
+        }
+        // Whoever holds it is printing or setting another path: this one may be passed over.
+        if let Ok(mut current) = self.state.current.try_lock() {
+            current.clear();
+            current.extend_from_slice(path);
+        }
+    }
+
+    fn advance(&self, entries: u64, bytes: u64) {
+        self.state.entries.fetch_add(entries, Ordering::Relaxed);
+        self.state.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn warning(&self, warning: Warning) {
+        let state = &self.state;
+        state.warnings.fetch_add(1, Ordering::Relaxed);
+        state
+            .missing
+            .fetch_add(u64::from(warning.missing), Ordering::Relaxed);
+        state.clear();
+        let _printing = state
+            .printing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let _unheard = writeln!(io::stderr(), "warning: {warning}");
+        if state.mode == Mode::Json {
+            let (path, message) = (display_path(&warning.path), &warning.message);
+            let missing = warning.missing;
+            let line = WarningLine {
+                r#type: "warning",
+                path: &path,
+                message,
+                missing,
+            };
+            print_json(&line);
+        }
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.state.cancelled.load(Ordering::Relaxed)
+    }
+}
+
+impl State {
+    fn print_regularly(&self) {
+        let interval = match self.mode {
+            Mode::Live => LIVE,
+            Mode::Json => JSON,
+            Mode::Log | Mode::Silent => LOG,
+        };
+        loop {
+            std::thread::park_timeout(interval);
+            if self.ended.load(Ordering::Relaxed) {
+                return;
+            }
+            self.print();
+        }
+    }
+
+    fn print(&self) {
+        let current = {
+            let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+            display_path(&current)
+        };
+        let files = self.entries.load(Ordering::Relaxed);
+        let done = self.bytes.load(Ordering::Relaxed);
+        let total = self.total_bytes.load(Ordering::Relaxed);
+        let elapsed = self.start.elapsed().as_secs_f64();
+        let _printing = self.printing.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.mode == Mode::Json {
+            let total_bytes = (total > 0).then_some(total);
+            let (bytes, seconds) = (done, elapsed);
+            let current = &current;
+            let r#type = "status";
+            return print_json(&Status {
+                r#type,
+                files,
+                bytes,
+                total_bytes,
+                seconds,
+                current,
+            });
+        }
+        let rate = done as f64 / elapsed.max(0.001);
+        let mut line = format!("{files} files {}, {}", self.verb, bytes(done));
+        if total > 0 {
+            let percent = 100.0 * done as f64 / total as f64;
+            line.push_str(&format!(
+                " of {} ({:.0} %)",
+                bytes(total),
+                percent.min(100.0)
+            ));
+        }
+        line.push_str(&format!(", {}/s", bytes(rate as u64)));
+        if total > done && rate > 0.0 {
+            line.push_str(&format!(
+                ", {} left",
+                seconds(((total - done) as f64 / rate) as u64)
+            ));
+        }
+        if self.mode == Mode::Live {
+            let width = 100_usize.saturating_sub(line.chars().count() + 2);
+            let skip = current.chars().count().saturating_sub(width);
+            let tail: String = current.chars().skip(skip).collect();
+            let _unheard = write!(io::stderr(), "\r\x1b[K{line}  {tail}");
+            let _unheard = io::stderr().flush();
+        } else {
+            let _unheard = writeln!(io::stderr(), "{line}");
+        }
+    }
+
+    fn clear(&self) {
+        if self.mode == Mode::Live {
+            let _printing = self.printing.lock().unwrap_or_else(PoisonError::into_inner);
+            let _unheard = write!(io::stderr(), "\r\x1b[K");
+        }
+    }
+}
+
+fn print_json(value: &impl Serialize) {
+    if let Ok(line) = serde_json::to_string(value) {
+        let _unheard = writeln!(io::stdout().lock(), "{line}");
+    }
+}

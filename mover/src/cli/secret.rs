@@ -1,0 +1,246 @@
+//! Finding the repository and the secret that opens it.
+//!
+//! A key file is text: a line that says what it is, then 64 hexadecimal digits. Without any other
+//! secret, the one that `init` made for the repository is used: `ebackup/keys/<repository>.key` below
+//! the user's configuration folder.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use chunkstore::codec::seal::Secret;
+use chunkstore::id::RepositoryId;
+use chunkstore::key_slot::{Unlock, hex, unhex};
+use chunkstore::repository::Repository;
+use objects::ObjectStore;
+use objects::local::LocalStore;
+
+use super::args::Global;
+use crate::backup::Resources;
+
+/// First words of a key file.
+const KEY_FILE_TITLE: &str = "ebackup key file";
+
+/// Memory the program may use unless told otherwise.
+const MEMORY_BYTES_DEFAULT: u64 = 256 << 20;
+/// The least it accepts: code and stacks, three small packs, one worker.
+const MEMORY_BYTES_MIN: u64 = 96 << 20;
+
+/// What the user gave to open the repository with.
+pub(super) enum Given {
+    /// A password or key file.
+    Unlock(Unlock),
+    /// Nothing: use the key file made by `init`.
+    Default,
+}
+
+/// Reads the secret named on the command line or in the environment.
+///
+/// # Errors
+/// When a file cannot be read, or holds no secret.
+pub(super) fn given(global: &Global) -> Result<Given> {
+    if let Some(path) = &global.password_file {
+        return Ok(Given::Unlock(Unlock::Passphrase(read_password(path)?)));
+    }
+    if let Some(path) = &global.key_file {
+        return Ok(Given::Unlock(Unlock::KeyFile(read_key_file(path)?)));
+    }
+    match std::env::var_os("EBACKUP_PASSWORD") {
+        Some(password) if password.is_empty() => bail!("EBACKUP_PASSWORD is set, but empty"),
+        Some(password) => Ok(Given::Unlock(Unlock::Passphrase(
+            password.into_encoded_bytes(),
+        ))),
+        None => Ok(Given::Default),
+    }
+}
+
+/// Opens the repository named on the command line.
+///
+/// # Errors
+/// When there is none, or the secret does not fit.
+pub(super) fn open(global: &Global) -> Result<Arc<Repository>> {
+    let store = store(global)?;
+    let id = Repository::identify(&*store)?;
+    let unlock = match given(global)? {
+        Given::Unlock(unlock) => unlock,
+        Given::Default => {
+            let path = default_key_file(id)?;
+            if !path.exists() {
+                bail!(
+                    "no secret was given, and there is no key file '{}' for this repository; give \
+                     --password-file, EBACKUP_PASSWORD or --key-file",
+                    path.display()
+                );
+            }
+            Unlock::KeyFile(read_key_file(&path)?)
+        }
+    };
+    Ok(Arc::new(Repository::open(store, &unlock)?))
+}
+
+/// The store of the repository named on the command line.
+///
+/// # Errors
+/// When none is named, or it does not exist.
+pub(super) fn store(global: &Global) -> Result<Arc<dyn ObjectStore>> {
+    let path = path(global)?;
+    if !path.exists() {
+        bail!(
+            "there is no repository at '{}': make one with 'ebackup init'",
+            path.display()
+        );
+    }
+    let store = LocalStore::open(&path);
+    Ok(Arc::new(store.with_context(|| cannot_open(&path))?))
+}
+
+/// The store for a new repository: its folder is made if need be, and must be empty.
+///
+/// # Errors
+/// When the folder cannot be made, or holds something else.
+pub(super) fn new_store(global: &Global) -> Result<Arc<dyn ObjectStore>> {
+    let path = path(global)?;
+    LocalStore::create_root(&path).with_context(|| cannot_open(&path))?;
+    let store = LocalStore::open(&path).with_context(|| cannot_open(&path))?;
+    if store.stat(chunkstore::record::CONFIG).is_ok() {
+        return Ok(Arc::new(store));
+    }
+    let names = fs::read_dir(&path).with_context(|| cannot_open(&path))?;
+    for name in names {
+        let name = name.with_context(|| cannot_open(&path))?.file_name();
+        // What an interrupted 'init' leaves, and what every new file system has.
+        if name != "keys" && name != "lost+found" {
+            bail!(
+                "'{}' is no repository and not empty (it holds '{}'): give an empty folder",
+                path.display(),
+                name.display()
+            );
+        }
+    }
+    Ok(Arc::new(store))
+}
+
+fn path(global: &Global) -> Result<PathBuf> {
+    match global.repo.as_deref() {
+        None | Some("") => bail!("which repository? Give --repo DIR, or set EBACKUP_REPO"),
+        Some(url) if url.contains("://") => {
+            bail!("'{url}' is not a folder: this version keeps repositories in folders only")
+        }
+        Some(path) => Ok(PathBuf::from(path)),
+    }
+}
+
+fn cannot_open(path: &Path) -> String {
+    format!("cannot use '{}' as a repository", path.display())
+}
+
+/// Where the key file made by `init` is kept.
+///
+/// # Errors
+/// When the user has no configuration folder.
+pub(super) fn default_key_file(id: RepositoryId) -> Result<PathBuf> {
+    let set = |name| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
+    let config = set("XDG_CONFIG_HOME").or_else(|| set("HOME").map(|home| home.join(".config")));
+    let config = config.context("neither XDG_CONFIG_HOME nor HOME is set: give a secret")?;
+    Ok(config.join("ebackup/keys").join(format!("{id}.key")))
+}
+
+/// The password in the first line of a file.
+///
+/// # Errors
+/// When the file cannot be read, or the line is empty.
+pub(super) fn read_password(path: &Path) -> Result<Vec<u8>> {
+    let text = fs::read(path)
+        .with_context(|| format!("cannot read the password file '{}'", path.display()))?;
+    let line = text.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    let line = line.strip_suffix(b"\r").unwrap_or(line);
+    if line.is_empty() {
+        bail!(
+            "the first line of the password file '{}' is empty",
+            path.display()
+        );
+    }
+    Ok(line.to_vec())
+}
+
+/// The secret in a key file.
+///
+/// # Errors
+/// When the file cannot be read, or is no key file.
+pub(super) fn read_key_file(path: &Path) -> Result<Secret> {
+    let text = fs::read_to_string(path)
+        .with_context(|| format!("cannot read the key file '{}'", path.display()))?;
+    let mut lines = text.lines();
+    let titled = lines
+        .next()
+        .is_some_and(|line| line.starts_with(KEY_FILE_TITLE));
+    let key = lines
+        .next()
+        .filter(|_| titled)
+        .and_then(|line| unhex(line.trim()));
+    let key = key.and_then(|key| key.try_into().ok());
+    key.map(Secret)
+        .with_context(|| format!("'{}' is not a key file of ebackup", path.display()))
+}
+
+/// Writes a new key file, readable by its owner alone, durably.
+///
+/// # Errors
+/// When it exists or cannot be written.
+pub(super) fn write_key_file(path: &Path, secret: &Secret, comment: &str) -> Result<()> {
+    let cannot = || format!("cannot write the key file '{}'", path.display());
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty());
+    let folder = folder.unwrap_or(Path::new("."));
+    fs::create_dir_all(folder).with_context(cannot)?;
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .with_context(cannot)?;
+    writeln!(file, "{KEY_FILE_TITLE} {comment}\n{}", hex(&secret.0)).with_context(cannot)?;
+    file.sync_all().with_context(cannot)?;
+    fs::File::open(folder)
+        .and_then(|folder| folder.sync_all())
+        .with_context(cannot)
+}
+
+/// Memory and threads, from the command line, the control group and the machine.
+///
+/// # Errors
+/// When less memory is asked for than the program can work in.
+pub(super) fn resources(global: &Global) -> Result<Resources> {
+    let given = crate::cgroup::memory_bytes().map(|limit| limit / 4 * 3);
+    let memory = global.memory.unwrap_or_else(|| {
+        given.map_or(MEMORY_BYTES_DEFAULT, |limit| {
+            limit.min(MEMORY_BYTES_DEFAULT)
+        })
+    });
+    if memory < MEMORY_BYTES_MIN {
+        let hint = match global.memory {
+            Some(_) => "give more with --memory",
+            None => {
+                "raise the memory limit of the control group to 128 MiB, or force it with --memory"
+            }
+        };
+        bail!(
+            "{} MiB of memory are too few, 96 MiB are the least: {hint}",
+            memory >> 20
+        );
+    }
+    Ok(Resources::new(memory, crate::cgroup::cpus()))
+}
+
+/// A folder for temporary files without a name.
+pub(super) fn scratch() -> PathBuf {
+    std::env::temp_dir()
+}

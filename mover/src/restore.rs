@@ -1,0 +1,378 @@
+//! Puts the content of a snapshot back into a folder.
+//!
+//! ```text
+//!  tree, in order ─> planner ─ folders: made at once (0700), their extras deleted
+//!                       │
+//!                       └─ files ─> window: pieces (blob -> file, offset), up to a byte budget
+//!                                      │
+//!        fetch: each blob once, in pack order, by all threads ─> create, write, finish
+//!                                      │
+//!        read back and verify ─> hard links ─> folders that ended: owner … times, deepest first
+//! ```
+//! # Memory
+//! One window, one read a thread, and the path from the root to where the planner stands. Nothing
+//! grows with the number of files, of links, or with the size of a file or folder.
+//!
+//! # Failures
+//! What cannot be fetched fails only the files it belongs to: such a file is removed, counted and
+//! reported, all others are restored. Attributes that cannot be set are warnings. Only a full or
+//! read-only target, an unreachable store and cancellation end the whole restore.
+//!
+//! # Whom it trusts
+//! Neither the tree (names are checked one by one) nor whoever owns the target: everything goes through
+//! [`crate::fs`], so nothing is ever written outside the target, and never through a symlink or an
+//! existing hard link.
+
+mod extras;
+mod folders;
+mod links;
+mod plan;
+mod verify;
+mod window;
+mod write;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use chunkstore::repository::Repository;
+use chunkstore::tree::NodeRef;
+use chunkstore::{Error, ErrorKind, Result};
+use rustix::io::Errno;
+
+use crate::fs::{AttrFailure, Dir};
+use crate::monitor::{Monitor, Warning, display_path};
+use folders::Folders;
+use links::Links;
+
+/// What happens to files that are in the target already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Overwrite {
+    /// Whatever has the name of something in the snapshot is replaced, a folder in the place of a file
+    /// with all it holds.
+    #[default]
+    Always,
+    /// As `Always`, except that content of the same kind, size and modification time is left as it is
+    /// and gets its metadata only, and that no folder is removed for a file.
+    IfChanged,
+    /// Everything that exists is left as it is; what is missing in existing folders is added.
+    Never,
+}
+
+/// How to restore.
+#[derive(Debug, Clone)]
+pub struct RestoreOptions {
+    /// What happens to files that are there already.
+    pub overwrite: Overwrite,
+    /// Remove names that the snapshot lacks from the folders that are restored.
+    pub delete: bool,
+    /// Read everything back and compare it with its keyed hashes.
+    pub verify: bool,
+    /// Touch nothing, tell what would be done.
+    pub dry_run: bool,
+    /// Set owner and group.
+    pub owner: bool,
+    /// Wait at the end until everything is on stable storage.
+    pub sync: bool,
+    /// Threads that fetch and write.
+    pub threads: usize,
+    /// Memory for what is wanted at one time.
+    pub window_bytes: usize,
+    /// Folder for temporary files without a name.
+    pub scratch: PathBuf,
+}
+
+impl Default for RestoreOptions {
+    fn default() -> Self {
+        Self {
+            overwrite: Overwrite::default(),
+            delete: false,
+            verify: false,
+            dry_run: false,
+            owner: rustix::process::geteuid().is_root(),
+            sync: true,
+            threads: std::thread::available_parallelism().map_or(1, Into::into),
+            window_bytes: 32 << 20,
+            scratch: std::env::temp_dir(),
+        }
+    }
+}
+
+/// What a filter says about a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FilterResult {
+    /// Restore it.
+    Take,
+    /// Leave it out; if it is a folder, ask about what it holds. It is then made if something in it is
+    /// restored.
+    Skip,
+    /// Leave it out with all it holds.
+    Prune,
+}
+
+/// Decides by path below the restored folder (components separated by `/`, empty for that folder
+/// itself) and whether it is a folder.
+pub type Filter<'a> = dyn Fn(&[u8], bool) -> FilterResult + 'a;
+
+/// What to restore.
+pub struct Request<'a> {
+    /// Where from.
+    pub repository: &'a Repository,
+    /// Root of the snapshot's tree, and its level.
+    pub root: (NodeRef, u8),
+    /// Key of what becomes the target: components joined by a zero byte, empty for everything. A
+    /// single file lands in the target under its own name, whatever the filter says.
+    pub subpath: &'a [u8],
+    /// The folder to restore into, made if it is missing.
+    pub target: &'a Path,
+    /// What to restore; everything without one.
+    pub filter: Option<&'a Filter<'a>>,
+    /// How.
+    pub options: RestoreOptions,
+    /// Who is told.
+    pub monitor: &'a dyn Monitor,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct RestoreSummary {
+    /// Files, links and special files restored, including further names of one file.
+    pub files: u64,
+    /// Folders restored or found.
+    pub dirs: u64,
+    /// Bytes of the restored files, holes included.
+    pub bytes: u64,
+    /// Bytes written.
+    pub bytes_written: u64,
+    /// Existing files left as they were, or given metadata only.
+    pub skipped_unchanged: u64,
+    /// Names removed because the snapshot lacks them. A folder removed whole counts as one.
+    pub deleted: u64,
+    /// Everything reported that did not cost a file: attributes, links, damage to the tree.
+    pub warnings: u64,
+    /// Files and folders that are not, or not wholly, as the snapshot has them.
+    pub files_failed: u64,
+}
+
+/// Restores what `request` says.
+///
+/// # Errors
+/// When the target cannot be opened, is full or read-only, the subpath is not in the snapshot, the store
+/// fails, or the monitor cancels. Single files that fail are counted instead.
+pub fn restore(request: &Request<'_>) -> Result<RestoreSummary> {
+    let dry_run = request.options.dry_run;
+    let (target, fresh) = open_target(request.target, dry_run)?;
+    let shared = Shared {
+        repository: request.repository,
+        options: &request.options,
+        monitor: request.monitor,
+        folders: Folders::new(target),
+        links: Links::default(),
+        counters: Counters::default(),
+        stopped: AtomicBool::new(false),
+        fatal: Mutex::default(),
+    };
+    if !dry_run && !fresh {
+        shared.remove_stale_links()?;
+    }
+    let mut planner = plan::Planner::new(&shared, request, fresh)?;
+    let done = planner.run();
+    if done.is_err() {
+        planner.remove_unfinished();
+    }
+    if !dry_run {
+        let removed = shared
+            .folders
+            .root()
+            .and_then(|root| shared.links.remove(&root));
+        if let Err(error) = removed {
+            shared.warn(
+                &[],
+                format!("the folder of hard links cannot be removed: {error}"),
+            );
+        }
+    }
+    done?;
+    planner.finish_root();
+    if request.options.sync && !dry_run {
+        shared.sync()?;
+    }
+    Ok(shared.counters.summary())
+}
+
+fn open_target(path: &Path, dry_run: bool) -> Result<(Option<Dir>, bool)> {
+    let fail = |error: io::Error| {
+        let message = format!(
+            "cannot open the folder '{}' to restore to: {error}",
+            path.display()
+        );
+        Error::new(error_kind(&error), message)
+    };
+    match Dir::open_root(path) {
+        Ok(dir) => return Ok((Some(dir), false)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(fail(error)),
+    }
+    if dry_run {
+        return Ok((None, true));
+    }
+    std::fs::create_dir_all(path).map_err(fail)?;
+    Ok((Some(Dir::open_root(path).map_err(fail)?), true))
+}
+
+fn error_kind(error: &io::Error) -> ErrorKind {
+    match error.kind() {
+        io::ErrorKind::NotFound => ErrorKind::NotFound,
+        io::ErrorKind::PermissionDenied => ErrorKind::PermissionDenied,
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::Full,
+        _ => ErrorKind::Invalid,
+    }
+}
+
+/// What everybody who takes part in a restore uses.
+struct Shared<'a> {
+    repository: &'a Repository,
+    options: &'a RestoreOptions,
+    monitor: &'a dyn Monitor,
+    folders: Folders,
+    links: Links,
+    counters: Counters,
+    stopped: AtomicBool,
+    fatal: Mutex<Option<Error>>,
+}
+
+#[derive(Default)]
+struct Counters {
+    files: AtomicU64,
+    dirs: AtomicU64,
+    bytes: AtomicU64,
+    bytes_written: AtomicU64,
+    skipped_unchanged: AtomicU64,
+    deleted: AtomicU64,
+    warnings: AtomicU64,
+    files_failed: AtomicU64,
+}
+
+impl Counters {
+    fn summary(&self) -> RestoreSummary {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        RestoreSummary {
+            files: read(&self.files),
+            dirs: read(&self.dirs),
+            bytes: read(&self.bytes),
+            bytes_written: read(&self.bytes_written),
+            skipped_unchanged: read(&self.skipped_unchanged),
+            deleted: read(&self.deleted),
+            warnings: read(&self.warnings),
+            files_failed: read(&self.files_failed),
+        }
+    }
+}
+
+fn count(counter: &AtomicU64, by: u64) {
+    counter.fetch_add(by, Ordering::Relaxed);
+}
+
+impl Shared<'_> {
+    /// Reports something that costs no file.
+    fn warn(&self, path: &[u8], message: impl Into<String>) {
+        count(&self.counters.warnings, 1);
+        self.monitor.warning(Warning {
+            path: path.into(),
+            message: message.into(),
+            missing: false,
+        });
+    }
+
+    /// Reports a file or folder that could not be restored.
+    fn fail(&self, path: &[u8], message: impl Into<String>) {
+        count(&self.counters.files_failed, 1);
+        self.monitor.warning(Warning {
+            path: path.into(),
+            message: message.into(),
+            missing: true,
+        });
+    }
+
+    /// As [`fail`](Self::fail), for a failed call: one that no other file would survive ends everything.
+    fn fail_io(&self, path: &[u8], what: &str, error: &io::Error) {
+        self.fail(path, format!("{what}: {error}"));
+        let errno = Errno::from_io_error(error);
+        if matches!(errno, Some(Errno::NOSPC | Errno::DQUOT | Errno::ROFS)) {
+            let kind = if errno == Some(Errno::ROFS) {
+                ErrorKind::Invalid
+            } else {
+                ErrorKind::Full
+            };
+            let message = format!(
+                "the target takes no more at '{}': {error}",
+                display_path(path)
+            );
+            self.stop(Error::new(kind, message));
+        }
+    }
+
+    fn warn_attributes(&self, path: &[u8], failures: &[AttrFailure]) {
+        for failure in failures {
+            self.warn(path, format!("an attribute cannot be set: {failure}"));
+        }
+    }
+
+    fn stop(&self, error: Error) {
+        lock(&self.fatal).get_or_insert(error);
+        self.stopped.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether everybody should end what they do.
+    fn is_stopped(&self) -> bool {
+        if self.monitor.is_cancelled() && !self.stopped.load(Ordering::Relaxed) {
+            self.stop(Error::cancelled());
+        }
+        self.stopped.load(Ordering::Relaxed)
+    }
+
+    fn check(&self) -> Result<()> {
+        if !self.is_stopped() {
+            return Ok(());
+        }
+        Err(lock(&self.fatal)
+            .as_ref()
+            .map_or_else(Error::cancelled, Error::duplicate))
+    }
+
+    fn sync(&self) -> Result<()> {
+        let synced = self
+            .folders
+            .root()
+            .and_then(|root| Ok(rustix::fs::syncfs(&root)?));
+        synced.map_err(|error| {
+            Error::new(
+                error_kind(&error),
+                format!("the target cannot be made durable: {error}"),
+            )
+        })
+    }
+
+    /// Removes what a restore that was killed has left behind.
+    fn remove_stale_links(&self) -> Result<()> {
+        let root = self.folders.root();
+        let removed = root.and_then(|root| links::remove_stale(&root, &self.options.scratch));
+        removed.map_err(|error| {
+            let message = format!("leftovers of an earlier restore cannot be removed: {error}");
+            Error::new(error_kind(&error), message)
+        })
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Whoever panicked holding it ends the restore; others may still report.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A name that may be made: one component, and no way out of its folder.
+fn is_plain_name(name: &[u8]) -> bool {
+    !matches!(name, b"" | b"." | b"..")
+        && name.len() <= 255
+        && !name.iter().any(|byte| matches!(byte, 0 | b'/'))
+}
