@@ -268,6 +268,30 @@ fn decode(bytes: &[u8]) -> Option<SlotObject> {
         .filter(|slot: &SlotObject| slot.version == FORMAT_VERSION)
 }
 
+/// What is wrong with the slot stored as `name`, as far as that shows without what opens it.
+pub(crate) fn fault(keys: &Keyring, name: &str, bytes: &[u8]) -> Option<&'static str> {
+    let Some(slot) = decode(bytes) else {
+        return Some("it is no key slot of this version");
+    };
+    let len = |text: &str| unhex(text).map(|bytes| bytes.len());
+    let sealed = keys.epochs().len() * 32 + crate::codec::seal::TAG_BYTES;
+    if object_name(slot.info.slot) != name {
+        Some("it is the slot of another name")
+    } else if slot.repository != keys.repository {
+        Some("it belongs to another repository")
+    } else if [len(&slot.salt), len(&slot.commitment)] != [Some(32); 2] {
+        Some("its salt or commitment was changed")
+    } else if len(&slot.sealed) != Some(sealed) {
+        Some("what it wraps was changed, or lacks a key")
+    } else if slot.info.kind == SlotKind::Passphrase
+        && !slot.kdf.is_some_and(KdfCost::is_acceptable)
+    {
+        Some("its cost is impossible")
+    } else {
+        None
+    }
+}
+
 /// Fuzzing entry: decodes a slot and tries to open it.
 #[cfg(feature = "testing")]
 pub fn fuzz_decode(bytes: &[u8]) {

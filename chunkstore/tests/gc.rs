@@ -1,16 +1,37 @@
 //! Garbage collection against sessions, crashes and other garbage collections.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use chunkstore::ErrorKind;
 use chunkstore::check::{CheckOptions, Finding, check};
+use chunkstore::error::Result;
+use chunkstore::gc::{PruneReport, PruneSettings, prune};
 use chunkstore::id::SnapshotId;
 use chunkstore::repository::Repository;
 use common::*;
 use objects::testing::{Fault, FaultyStore, MemoryStore, Op, keys};
+
+const GRACE: Duration = Duration::from_secs(1800);
+
+fn try_prune(repository: &Repository) -> Result<PruneReport> {
+    let settings = PruneSettings {
+        grace: GRACE,
+        writer: "test".into(),
+        ..Default::default()
+    };
+    prune(repository, &settings, time(hour(1000)), &|_| {})
+}
+
+fn run_prune(repository: &Repository) -> PruneReport {
+    try_prune(repository)
+        .unwrap_or_else(|error| panic!("prune: {}", chunkstore::error::chain(&error)))
+}
 
 fn bytes(store: &MemoryStore) -> u64 {
     let mut bytes = 0;
@@ -120,11 +141,11 @@ fn a_dry_run_writes_nothing() {
     } = three();
     repository.forget(ids[2], time(hour(24))).unwrap();
     let before = store.keys();
-    let settings = chunkstore::gc::PruneSettings {
+    let settings = PruneSettings {
         dry_run: true,
         ..Default::default()
     };
-    let report = chunkstore::gc::prune(&repository, &settings, time(hour(24)), &|_| {}).unwrap();
+    let report = prune(&repository, &settings, time(hour(24)), &|_| {}).unwrap();
     assert!(report.plan.doomed_bytes() > 200_000);
     assert_eq!(store.keys(), before);
     assert!(report.to_string().contains("dry run"));
@@ -526,6 +547,63 @@ fn a_fence_and_a_commit_exclude_each_other() {
             Some(Err(error)) => assert_eq!(error.kind(), ErrorKind::Fenced, "{context}: {error}"),
         }
         assert_intact(&repository, &expected, &context);
+        store.set_now(hour(50));
+        assert_converged(&open(store), &context);
+    }
+}
+
+/// As above, with a snapshot that is committed only after the slow prune has marked, so that nothing
+/// but the fast prune's decision tells the slow one that its packs are spared.
+#[test]
+fn a_decision_holds_for_every_prune_that_finds_it_later() {
+    let Three { store: base, repository, expected, ids } = three();
+    repository.forget(ids[2], time(hour(24))).unwrap();
+    let reused: Files = files(3, 40, 5000).into_iter().take(20).collect();
+    for at in 0.. {
+        let store = Arc::new(base.fork());
+        let repository = open(store.clone());
+        let first = begin(&repository).unwrap();
+        let first_snapshot = fill(&first, &repository, &reused).unwrap();
+        run_prune(&repository);
+        let first = Arc::new(Mutex::new(Some((first, first_snapshot))));
+        let second = Arc::new(Mutex::new(None));
+        let calls = Arc::new(AtomicU64::new(0));
+        let faulty = {
+            let (first, second, calls) = (first.clone(), second.clone(), calls.clone());
+            let (other, reused) = (repository.clone(), reused.clone());
+            FaultyStore::new(store.clone(), move |op, key: &str, _| {
+                // Its listing of snapshots is done when it lists what is forgotten.
+                if op == Op::List
+                    && key == "forgotten/"
+                    && let Some((writer, snapshot)) = first.lock().unwrap().take()
+                {
+                    let id = writer.commit(|_| snapshot).unwrap();
+                    *second.lock().unwrap() = Some((id, None));
+                    return Fault::None;
+                }
+                if let Some((id, late @ None)) = &mut *second.lock().unwrap()
+                    && calls.fetch_add(1, Ordering::SeqCst) == at
+                {
+                    run_prune(&other);
+                    other.forget(*id, now(other.store())).unwrap();
+                    let writer = begin(&other).unwrap();
+                    let snapshot = fill(&writer, &other, &reused).unwrap();
+                    *late = Some((writer, snapshot));
+                }
+                Fault::None
+            })
+        };
+        run_prune(&open(Arc::new(faulty)));
+        let (_, late) = second.lock().unwrap().take().unwrap();
+        let Some((writer, snapshot)) = late else {
+            assert!(at > 20, "only {at} calls");
+            break;
+        };
+        let mut expected = expected.clone();
+        let id = writer.commit(|_| snapshot).unwrap();
+        expected.insert(id, reused.clone());
+        let context = format!("overtaken at call {at}");
+        assert_eq!(assert_intact(&repository, &expected, &context), 3, "{context}");
         store.set_now(hour(50));
         assert_converged(&open(store), &context);
     }

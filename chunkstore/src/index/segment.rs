@@ -381,6 +381,19 @@ impl Segment {
         *budget -= len;
     }
 
+    /// Verifies the filter, which lookups do without when it is damaged.
+    ///
+    /// # Errors
+    /// `Corrupt` when it is not what was stored.
+    pub(crate) fn verify_filter(&self, store: &dyn ObjectStore) -> Result<()> {
+        let mut sealed = vec![0; self.filter_len() as usize];
+        store.read_at(&self.name, self.filter_offset(), &mut sealed)?;
+        match self.cipher.open_part(FILTER_ORDINAL, b"filter", &mut sealed) {
+            Some(_) => Ok(()),
+            None => Err(Error::corrupt(&self.name, "its filter was changed")),
+        }
+    }
+
     /// Where `id` lies, if this segment knows.
     pub(super) fn get(
         &self,

@@ -1,5 +1,4 @@
 //! Small repositories in memory, for the tests of garbage collection and check.
-#![allow(dead_code, reason = "each test uses its part")]
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,7 +8,6 @@ use chunkstore::chunker::ChunkerConfig;
 use chunkstore::codec::compress::Compressor;
 use chunkstore::codec::seal::Secret;
 use chunkstore::error::Result;
-use chunkstore::gc::{PruneReport, PruneSettings, prune};
 use chunkstore::id::SnapshotId;
 use chunkstore::key_slot::{KdfCost, Unlock};
 use chunkstore::pack::{PackClass, ReadScratch};
@@ -23,46 +21,46 @@ use objects::ObjectStore;
 use objects::testing::MemoryStore;
 
 /// Content by name.
-pub type Files = BTreeMap<String, Vec<u8>>;
+pub(crate) type Files = BTreeMap<String, Vec<u8>>;
 
 /// What each snapshot must restore to.
-pub type Expected = BTreeMap<SnapshotId, Files>;
+pub(crate) type Expected = BTreeMap<SnapshotId, Files>;
 
-pub const CHUNK: usize = 2000;
+pub(crate) const CHUNK: usize = 2000;
 
-pub fn unlock() -> Unlock {
+pub(crate) fn unlock() -> Unlock {
     Unlock::KeyFile(Secret([7; 32]))
 }
 
 /// The store's time, in hours after it was made.
-pub fn hour(hour: u64) -> SystemTime {
+pub(crate) fn hour(hour: u64) -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(1_735_689_600 + hour * 3600)
 }
 
-pub fn time(at: SystemTime) -> jiff::Timestamp {
+pub(crate) fn time(at: SystemTime) -> jiff::Timestamp {
     jiff::Timestamp::try_from(at).unwrap()
 }
 
 /// The store's clock, which a probe object shows.
-pub fn now(store: &dyn ObjectStore) -> jiff::Timestamp {
+pub(crate) fn now(store: &dyn ObjectStore) -> jiff::Timestamp {
     store.replace("probe", b"").unwrap();
     let at = store.stat("probe").unwrap().modified;
     store.delete("probe").unwrap();
     time(at)
 }
 
-pub fn create(store: &Arc<MemoryStore>) -> Arc<Repository> {
+pub(crate) fn create(store: &Arc<MemoryStore>) -> Arc<Repository> {
     let config = ChunkerConfig::default();
     let cost = KdfCost::WEAK;
     Arc::new(Repository::create(store.clone(), &unlock(), cost, config, time(hour(0))).unwrap())
 }
 
-pub fn open(store: Arc<dyn ObjectStore>) -> Arc<Repository> {
+pub(crate) fn open(store: Arc<dyn ObjectStore>) -> Arc<Repository> {
     Arc::new(Repository::open(store, &unlock()).unwrap())
 }
 
 /// Incompressible bytes that follow from `seed`.
-pub fn noise(seed: u64, len: usize) -> Vec<u8> {
+pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     blake3::Hasher::new()
         .update(&seed.to_le_bytes())
@@ -72,13 +70,13 @@ pub fn noise(seed: u64, len: usize) -> Vec<u8> {
 }
 
 /// `count` files of `len` bytes that no other seed has.
-pub fn files(seed: u64, count: usize, len: usize) -> Files {
+pub(crate) fn files(seed: u64, count: usize, len: usize) -> Files {
     (0..count)
         .map(|n| (format!("f{n:05}"), noise(seed * 1_000_000 + n as u64, len)))
         .collect()
 }
 
-pub fn settings() -> WriterSettings {
+pub(crate) fn settings() -> WriterSettings {
     WriterSettings {
         pack_target_bytes: 16 << 10,
         uploads: 16,
@@ -88,7 +86,7 @@ pub fn settings() -> WriterSettings {
     }
 }
 
-pub fn begin(repository: &Arc<Repository>) -> Result<Writer> {
+pub(crate) fn begin(repository: &Arc<Repository>) -> Result<Writer> {
     let started = now(repository.store());
     let session = Session {
         purpose: "backup".into(),
@@ -118,7 +116,7 @@ fn node(size: u64, content: Content) -> Node {
 }
 
 /// Stores `files` in a session, without committing it.
-pub fn fill(writer: &Writer, repository: &Repository, files: &Files) -> Result<Snapshot> {
+pub(crate) fn fill(writer: &Writer, repository: &Repository, files: &Files) -> Result<Snapshot> {
     let mut compressor = Compressor::new(settings().compression);
     let mut tree = TreeBuilder::new(writer, repository.keys().cut());
     for (name, bytes) in files {
@@ -156,13 +154,13 @@ pub fn fill(writer: &Writer, repository: &Repository, files: &Files) -> Result<S
     })
 }
 
-pub fn backup(repository: &Arc<Repository>, files: &Files) -> Result<SnapshotId> {
+pub(crate) fn backup(repository: &Arc<Repository>, files: &Files) -> Result<SnapshotId> {
     let writer = begin(repository)?;
     let snapshot = fill(&writer, repository, files)?;
     writer.commit(|_| snapshot)
 }
 
-pub fn read_back(repository: &Repository, snapshot: &Snapshot) -> Result<Files> {
+pub(crate) fn read_back(repository: &Repository, snapshot: &Snapshot) -> Result<Files> {
     let mut files = Files::new();
     let mut entries = EntryCursor::new(TreeCursor::new(repository, snapshot.root, snapshot.level));
     let mut scratch = ReadScratch::default();
@@ -186,7 +184,7 @@ pub fn read_back(repository: &Repository, snapshot: &Snapshot) -> Result<Files> 
 }
 
 /// Every listed snapshot restores to what it was made from. Returns how many there are.
-pub fn assert_intact(repository: &Repository, expected: &Expected, context: &str) -> usize {
+pub(crate) fn assert_intact(repository: &Repository, expected: &Expected, context: &str) -> usize {
     let list = repository.list_snapshots().unwrap();
     assert!(list.damaged.is_empty(), "{context}: {:?}", list.damaged);
     for (id, snapshot) in &list.snapshots {
@@ -195,20 +193,4 @@ pub fn assert_intact(repository: &Repository, expected: &Expected, context: &str
         assert!(files == expected[id], "{context}: snapshot {id} differs");
     }
     list.snapshots.len()
-}
-
-pub const GRACE: Duration = Duration::from_secs(1800);
-
-pub fn try_prune(repository: &Repository) -> Result<PruneReport> {
-    let settings = PruneSettings {
-        grace: GRACE,
-        writer: "test".into(),
-        ..Default::default()
-    };
-    prune(repository, &settings, time(hour(1000)), &|_| {})
-}
-
-pub fn run_prune(repository: &Repository) -> PruneReport {
-    try_prune(repository)
-        .unwrap_or_else(|error| panic!("prune: {}", chunkstore::error::chain(&error)))
 }

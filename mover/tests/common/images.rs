@@ -1,0 +1,1 @@
+//! Copies of repositories, as a crash would leave them.
