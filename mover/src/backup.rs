@@ -41,7 +41,11 @@ pub use settings::Resources;
 use crate::fs::Dir;
 use crate::monitor::Monitor;
 
+/// Whether to leave out the entry at a path from the root of the backup, which is a folder or not.
+pub type Excludes<'a> = dyn Fn(&[u8], bool) -> bool + Sync + 'a;
+
 /// What to save and how.
+#[derive(Clone)]
 pub struct Request<'a> {
     /// The folder.
     pub source: PathBuf,
@@ -52,7 +56,7 @@ pub struct Request<'a> {
     /// Tags of the snapshot.
     pub tags: BTreeMap<String, String>,
     /// Whether to leave out the entry at this path from the root of the backup.
-    pub excludes: Option<&'a dyn Fn(&[u8], bool) -> bool>,
+    pub excludes: Option<&'a Excludes<'a>>,
     /// Leave out the content of folders marked by a `CACHEDIR.TAG`.
     pub exclude_caches: bool,
     /// Do not descend into other file systems.

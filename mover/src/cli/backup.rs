@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 use chunkstore::id::SnapshotId;
@@ -17,6 +17,7 @@ use super::output::{Output, bytes, seconds};
 use super::progress::Progress;
 use super::{DONE, INCOMPLETE, keys, now, secret};
 use crate::backup::{Outcome, Request, backup};
+use crate::monitor::{Monitor, Warning};
 
 /// The last line of `backup --json`.
 #[derive(Serialize)]
@@ -71,8 +72,18 @@ pub(super) fn run(
         now: now(),
     };
     let mut progress = Progress::start("saved", global.quiet, output, cancelled);
-    expect_as_last_time(&repository, &request.lineage, &progress);
-    let result = backup(&repository, &request, &now, &progress);
+    let known = expect_as_last_time(&repository, &request.lineage, &progress);
+    let done = AtomicBool::new(false);
+    let result = std::thread::scope(|scope| {
+        if !known && progress.is_live() {
+            let (request, progress, done) = (&request, &progress, &done);
+            let repository = &repository;
+            scope.spawn(move || estimate(repository, request, progress, done));
+        }
+        let result = backup(&repository, &request, &now, &progress);
+        done.store(true, Ordering::Relaxed);
+        result
+    });
     progress.end();
     let outcome = result.map_err(|error| {
         if error.kind() == ErrorKind::Cancelled {
@@ -150,15 +161,39 @@ fn default_lineage(host: &str, source: &Path) -> String {
     )
 }
 
-/// The size of the previous snapshot is the best guess for this one.
-fn expect_as_last_time(repository: &Repository, lineage: &str, progress: &Progress) {
-    if let Ok(list) = repository.list_snapshots()
-        && let Some((_, last)) = list
-            .snapshots
-            .iter()
-            .rfind(|(_, one)| one.lineage == lineage)
-    {
+/// The size of the previous snapshot is the best guess for this one. Whether there is one.
+fn expect_as_last_time(repository: &Repository, lineage: &str, progress: &Progress) -> bool {
+    let list = repository.list_snapshots().ok();
+    let last = list.as_ref().and_then(|list| {
+        list.snapshots.iter().rfind(|(_, snapshot)| snapshot.lineage == lineage)
+    });
+    if let Some((_, last)) = last {
         progress.expect(last.summary.bytes);
+    }
+    last.is_some()
+}
+
+/// Adds up the sizes of all files beside the backup, so that a terminal shows how long a first one
+/// takes.
+fn estimate(
+    repository: &Arc<Repository>,
+    request: &Request<'_>,
+    progress: &Progress,
+    done: &AtomicBool,
+) {
+    /// Stops when the backup is faster.
+    struct Until<'a>(&'a AtomicBool);
+    impl Monitor for Until<'_> {
+        fn begin(&self, _: &[u8]) {}
+        fn advance(&self, _: u64, _: u64) {}
+        fn warning(&self, _: Warning) {}
+        fn is_cancelled(&self) -> bool {
+            self.0.load(Ordering::Relaxed)
+        }
+    }
+    let request = Request { dry_run: true, ..request.clone() };
+    if let Ok(outcome) = backup(repository, &request, &now, &Until(done)) {
+        progress.expect(outcome.summary.bytes);
     }
 }
 

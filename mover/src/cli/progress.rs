@@ -108,6 +108,11 @@ impl Progress {
         self.state.total_bytes.store(bytes, Ordering::Relaxed);
     }
 
+    /// Whether somebody watches a live line.
+    pub(super) fn is_live(&self) -> bool {
+        self.state.mode == Mode::Live
+    }
+
     /// Seconds since the start.
     pub(super) fn seconds(&self) -> f64 {
         self.state.start.elapsed().as_secs_f64()
