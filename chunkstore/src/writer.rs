@@ -24,7 +24,7 @@ use std::io::IoSlice;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crossbeam_channel::{Receiver, Sender};
 use objects::Created;
@@ -74,6 +74,10 @@ impl Default for WriterSettings {
 const META_PACK_TARGET_BYTES: usize = 4 << 20;
 const META_PACK_BUFFERS: usize = 2;
 
+/// A writer that was silent for longer than this does not try to commit: collectors remove the mark
+/// that it was fenced after twice as long.
+const SILENCE_MAX: Duration = Duration::from_secs(15 * 86_400);
+
 /// What a session has done so far.
 #[derive(Debug, Default)]
 pub struct WriterCounters {
@@ -104,6 +108,7 @@ pub struct Writer {
 struct Shared {
     repository: Arc<Repository>,
     settings: WriterSettings,
+    session: Session,
     id: SnapshotId,
     /// Segments that were there, whose packs are checked against `usable`.
     base: Index,
@@ -112,6 +117,9 @@ struct Shared {
     usable: UsablePacks,
     data: Mutex<Packer>,
     meta: Mutex<Packer>,
+    /// Data blobs of this session that no segment names yet. Whoever packs holds `data` before this;
+    /// whoever flushes holds this alone, because packing may wait for an upload to end.
+    fresh: Mutex<HashMap<BlobId, Location>>,
     node_compressor: Mutex<Compressor>,
     known_nodes: Mutex<HashMap<BlobId, NodeRef>>,
     unflushed: Mutex<Vec<DurablePack>>,
@@ -119,6 +127,8 @@ struct Shared {
     failed: AtomicBool,
     failure: Mutex<Option<Error>>,
     counters: WriterCounters,
+    /// How often the announcement was renewed, and when last, by the store's clock.
+    renewed: Mutex<(u64, SystemTime)>,
 }
 
 /// Fills packs of one class.
@@ -128,8 +138,6 @@ struct Packer {
     open: Option<PackBuilder>,
     free: Receiver<Vec<u8>>,
     uploads: Option<Sender<SealedPack>>,
-    /// Blobs of packs that no segment names yet.
-    fresh: HashMap<BlobId, Location>,
 }
 
 /// Packs that may be referred to: those on the store that no garbage collection is about to delete.
@@ -169,6 +177,7 @@ impl Writer {
         else {
             return Err(Error::corrupt(name, "a random name was taken"));
         };
+        let announced = store.stat(&name)?.modified;
         let tombstoned = read_all_tombstones(&repository)?;
         let (base, _) = Index::open(store, keys, settings.filter_bytes / 2)?;
         let usable = UsablePacks {
@@ -179,6 +188,7 @@ impl Writer {
             repository,
             settings,
             session.clone(),
+            announced,
             id,
             base,
             usable,
@@ -189,6 +199,7 @@ impl Writer {
         repository: Arc<Repository>,
         settings: WriterSettings,
         session: Session,
+        announced: SystemTime,
         id: SnapshotId,
         base: Index,
         usable: UsablePacks,
@@ -215,6 +226,7 @@ impl Writer {
             usable,
             data: Mutex::new(data),
             meta: Mutex::new(meta),
+            fresh: Mutex::default(),
             node_compressor: Mutex::new(Compressor::new(Level::Zstd(3))),
             known_nodes: Mutex::default(),
             unflushed: Mutex::default(),
@@ -222,6 +234,8 @@ impl Writer {
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
             counters: WriterCounters::default(),
+            session,
+            renewed: Mutex::new((0, announced)),
             settings,
         });
         let uploaders = (0..shared.settings.uploads.max(1))
@@ -245,7 +259,7 @@ impl Writer {
         let (stop_heartbeat, stop) = crossbeam_channel::bounded(0);
         let heartbeat = {
             let shared = shared.clone();
-            std::thread::spawn(move || shared.keep_alive(session, &stop))
+            std::thread::spawn(move || shared.keep_alive(&stop))
         };
         Self {
             shared,
@@ -301,10 +315,14 @@ impl Writer {
         self.drain()?;
         self.shared.consolidate_segments()?;
         let stored = self.shared.counters.bytes_stored.load(Ordering::Relaxed);
-        self.shared.commit(snapshot(stored))?;
+        let committed = self.shared.commit(snapshot(stored));
         self.stop_heartbeat();
-        self.shared.end();
-        Ok(self.shared.id)
+        // Committed or fenced, it is decided; after any other error it may be, which the next
+        // collector finds out.
+        if committed.as_ref().map_or_else(|error| error.kind() == ErrorKind::Fenced, |()| true) {
+            self.shared.end();
+        }
+        committed.map(|()| self.shared.id)
     }
 
     /// Ends the session without a snapshot. What was uploaded stays, named by index segments, so
@@ -369,16 +387,9 @@ impl NodeSink for Writer {
             return Ok(*node);
         }
         let mut compressor = lock(&shared.node_compressor);
+        let compressed = compressor.compress(plain);
         let mut meta = lock(&shared.meta);
-        if let Some(location) = meta.fresh.get(&id) {
-            return Ok(NodeRef {
-                id,
-                pack: location.pack,
-                ordinal: location.ordinal,
-            });
-        }
-        let Location { pack, ordinal } =
-            meta.push(shared, id, kind, plain, compressor.compress(plain))?;
+        let Location { pack, ordinal } = meta.push(shared, id, kind, plain, compressed)?;
         Ok(NodeRef { id, pack, ordinal })
     }
 }
@@ -402,7 +413,6 @@ impl Packer {
                 open: None,
                 free,
                 uploads,
-                fresh: HashMap::new(),
             },
             back,
         )
@@ -448,7 +458,10 @@ impl Packer {
         };
         let location = pack.push(id, kind, compression, stored, plain.len());
         let full = pack.is_full() || pack.len() >= self.target;
-        self.fresh.insert(id, location);
+        if self.class == PackClass::Data {
+            // Before the pack can be uploaded, and so flushed.
+            lock(&shared.fresh).insert(id, location);
+        }
         if full {
             self.close(shared)?;
         }
@@ -485,7 +498,7 @@ impl Shared {
             BlobRef { id, location, len }
         };
         // Fresh before own: a flush adds to the index before it takes from the fresh ones.
-        if let Some(location) = lock(&self.data).fresh.get(&id) {
+        if let Some(location) = lock(&self.fresh).get(&id) {
             return Ok(known(*location));
         }
         if let Some(location) = self.find(&id) {
@@ -493,8 +506,8 @@ impl Shared {
         }
         let compressed = compressor.compress(plain);
         let mut data = lock(&self.data);
-        // Another thread may have stored it meanwhile.
-        if let Some(location) = data.fresh.get(&id) {
+        // Another thread may have stored it meanwhile, and even flushed it: then it is stored twice.
+        if let Some(location) = lock(&self.fresh).get(&id) {
             return Ok(known(*location));
         }
         let location = data.push(self, id, BlobKind::Data, plain, compressed)?;
@@ -583,9 +596,9 @@ impl Shared {
             drop(own);
             lock(&self.own_segments).push(id);
         }
-        let mut data = lock(&self.data);
+        let mut fresh = lock(&self.fresh);
         for id in packs.iter().flat_map(|pack| &pack.ids) {
-            data.fresh.remove(id);
+            fresh.remove(id);
         }
         Ok(())
     }
@@ -599,11 +612,12 @@ impl Shared {
         let (store, keys) = (self.repository.store(), self.repository.keys());
         let own = self.own.read().unwrap_or_else(PoisonError::into_inner);
         let segments: Vec<_> = own.segments().iter().collect();
-        index::merge(store, keys, &segments, &|_| true)?;
-        for segment in segments {
-            store.delete(segment.name())?;
-        }
-        Ok(())
+        match index::merge(store, keys, &segments, &|_| true) {
+            // Somebody else has merged and deleted them already.
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            merged => merged?,
+        };
+        segments.iter().try_for_each(|segment| Ok(store.delete(segment.name())?))
     }
 
     fn close_packs(&self) -> Result<()> {
@@ -618,6 +632,7 @@ impl Shared {
     }
 
     fn commit(&self, snapshot: Snapshot) -> Result<()> {
+        self.renew()?;
         let name = record::snapshot_name(self.id);
         let (store, keys) = (self.repository.store(), self.repository.keys());
         let verdict = Verdict::Snapshot(Box::new(snapshot));
@@ -651,28 +666,38 @@ impl Shared {
             .delete(&record::session_name(self.id));
     }
 
-    fn keep_alive(&self, mut session: Session, stop: &Receiver<()>) {
-        let name = record::session_name(self.id);
+    fn keep_alive(&self, stop: &Receiver<()>) {
         let verdict_name = record::snapshot_name(self.id);
-        let (store, keys) = (self.repository.store(), self.repository.keys());
         while stop.recv_timeout(self.settings.heartbeat)
             == Err(crossbeam_channel::RecvTimeoutError::Timeout)
         {
-            session.heartbeat += 1;
-            let object = record::seal_json(keys, ObjectKind::Session, &name, &session);
             // A missed renewal is made up for by the next; whether it was one too many is decided
             // by the verdict alone.
-            let _missed = store.replace(&name, &object);
-            if store.stat(&verdict_name).is_ok()
-                && matches!(
-                    self.repository.verdict(self.id),
-                    Ok(Some(Verdict::Fenced { .. }))
-                )
+            let _missed = self.renew();
+            if self.repository.store().stat(&verdict_name).is_ok()
+                && matches!(self.repository.verdict(self.id), Ok(Some(Verdict::Fenced { .. })))
             {
-                self.fail(fenced());
-                return;
+                return self.fail(fenced());
             }
         }
+    }
+
+    /// Renews the announcement.
+    ///
+    /// # Errors
+    /// `Fenced` when the last time is so long ago that a mark of being fenced may have been removed
+    /// since: only the store's clock can tell, this machine may have been suspended.
+    fn renew(&self) -> Result<()> {
+        let name = record::session_name(self.id);
+        let (store, keys) = (self.repository.store(), self.repository.keys());
+        let mut last = lock(&self.renewed);
+        let (heartbeat, before) = (last.0 + 1, last.1);
+        let session = Session { heartbeat, ..self.session.clone() };
+        store.replace(&name, &record::seal_json(keys, ObjectKind::Session, &name, &session))?;
+        let now = store.stat(&name)?.modified;
+        *last = (heartbeat, now);
+        let silent = now.duration_since(before).unwrap_or_default();
+        if silent > SILENCE_MAX { Err(fenced()) } else { Ok(()) }
     }
 
     fn check(&self) -> Result<()> {

@@ -71,10 +71,10 @@ fn dispatch(args: &Args, output: &Output, cancelled: &Arc<AtomicBool>) -> Result
         Command::Ls(ls) => browse::ls(global, ls, output),
         Command::Diff(diff) => browse::diff(global, diff, output),
         Command::Dump(dump) => browse::dump(global, dump, output),
-        Command::Check(check) => maintain::check(global, check, output, cancelled),
-        Command::Forget(forget) => maintain::forget(global, forget, output, cancelled),
-        Command::Prune(prune) => maintain::prune(global, prune, output, cancelled),
-        Command::Stats => maintain::stats(global, output, cancelled),
+        Command::Check(check) => maintain::check(global, check, output),
+        Command::Forget(forget) => maintain::forget(global, forget, output),
+        Command::Prune(prune) => maintain::prune(global, prune, output),
+        Command::Stats => maintain::stats(global, output),
         Command::Key(key) => keys::key(global, &key.command, output),
         Command::Completions { shell } => {
             args::completions(*shell);

@@ -178,6 +178,9 @@ fn write(
     };
     let settings = WriterSettings {
         pack_target_bytes: 256 << 10,
+        // As many uploads as buffers: a flush waits for whoever waits for a buffer.
+        pack_buffers: 8,
+        uploads: 8,
         ..WriterSettings::default()
     };
     let writer = Writer::begin(repository.clone(), settings, &session).unwrap();
@@ -1471,4 +1474,87 @@ fn names_of_any_bytes_come_back() {
     Run::new(&repo, root, temp.path()).clean();
     let path = Path::new(std::ffi::OsStr::from_bytes(b"\xff\xfe\x01/\x80"));
     assert!(temp.path().join(path).is_file());
+}
+
+/// Times and processor use of a restore of many small files:
+/// `cargo test --release -p mover --test restore many_small -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement of a minute, for a release build"]
+fn many_small_files_are_measured() {
+    let base = std::env::var_os("RESTORE_BENCH").map_or_else(std::env::temp_dir, PathBuf::from);
+    let temp = tempfile::tempdir_in(base).unwrap();
+    let store_path = temp.path().join("store");
+    objects::local::LocalStore::create_root(&store_path).unwrap();
+    let store = Arc::new(objects::local::LocalStore::open(&store_path).unwrap());
+    let unlock = Unlock::Passphrase(b"x".to_vec());
+    let (cost, now) = (KdfCost::WEAK, jiff::Timestamp::UNIX_EPOCH);
+    let repository =
+        Repository::create(store, &unlock, cost, ChunkerConfig::default(), now).unwrap();
+    let repository = Arc::new(repository);
+    let (folders, files) = (400, 500);
+    let plain = |kind, mode| Object { node: node(kind, mode), data: vec![], layout: Layout::Inline };
+    let objects = (0..folders).flat_map(|folder| {
+        let name = format!("folder{folder:04}");
+        let in_it = {
+            let name = name.clone();
+            (0..files).map(move |file| {
+                let len = 1000 + (folder * 7919 + file * 104_729) % 8000;
+                let mut text = noise((folder * files + file) as u64, len / 2);
+                text.extend(std::iter::repeat_n(b'x', len - len / 2));
+                let mut object = Object {
+                    node: Node { size: len as u64, ..node(Kind::File, 0o644) },
+                    data: vec![(0, text)],
+                    layout: Layout::Bundle,
+                };
+                object.node.ino = file as u64;
+                (key_of(format!("{name}/file{file:05}").as_bytes()), object)
+            })
+        };
+        std::iter::once((name.into_bytes(), plain(Kind::Dir, 0o755))).chain(in_it)
+    });
+    let root = write(&repository, std::iter::once((vec![], plain(Kind::Dir, 0o755))).chain(objects));
+    let cpu = || {
+        let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+        let after = stat.rsplit(')').next().unwrap();
+        let ticks: Vec<u64> = after.split_whitespace().filter_map(|part| part.parse().ok()).collect();
+        let fields: Vec<&str> = after.split_whitespace().collect();
+        assert!(ticks.len() > 10);
+        let seconds = |at: usize| fields[at].parse::<f64>().unwrap() / 100.0;
+        (seconds(11), seconds(12))
+    };
+    for (threads, options) in [
+        (1, RestoreOptions { sync: false, ..RestoreOptions::default() }),
+        (2, RestoreOptions { sync: false, ..RestoreOptions::default() }),
+        (2, RestoreOptions { sync: false, overwrite: Overwrite::IfChanged, ..RestoreOptions::default() }),
+        (2, RestoreOptions::default()),
+        (2, RestoreOptions { verify: true, ..RestoreOptions::default() }),
+    ] {
+        let options = RestoreOptions { threads, ..options };
+        let target = temp.path().join("target");
+        if options.overwrite == Overwrite::Always && target.exists() {
+            std::fs::remove_dir_all(&target).unwrap();
+        }
+        rustix::fs::sync();
+        let log = Log::default();
+        let (before, start) = (cpu(), std::time::Instant::now());
+        let told = format!("{threads} threads, sync {}, verify {}, {:?}", options.sync,
+            options.verify, options.overwrite);
+        let summary = restore(&Request {
+            repository: &repository,
+            root,
+            subpath: b"",
+            target: &target,
+            filter: None,
+            options,
+            monitor: &log,
+        })
+        .unwrap();
+        let (elapsed, after) = (start.elapsed().as_secs_f64(), cpu());
+        let count = f64::from(folders as u32 * files as u32);
+        let each = |seconds: f64| seconds * 1e6 / count;
+        println!(
+            "{told}: {elapsed:.2} s, {:.1} us a file, user {:.1}, system {:.1}; {summary:?}",
+            each(elapsed), each(after.0 - before.0), each(after.1 - before.1)
+        );
+    }
 }

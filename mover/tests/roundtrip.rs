@@ -14,6 +14,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use chunkstore::codec::compress::Level;
+use chunkstore::id::SnapshotId;
+use chunkstore::repository::Repository;
+use chunkstore::tree::{Entry, EntryCursor, TreeCursor};
 use common::scan::{assert_same, differences, scan};
 use common::sources::{Source, acl, everything};
 use common::*;
@@ -77,7 +80,9 @@ fn everything_that_can_be_in_a_tree_comes_back_and_costs_nothing_the_second_time
         );
         assert_eq!(again.parent, None);
         assert_eq!(again.summary.blobs_new, 0, "{workers} workers");
-        assert_eq!(root(again.id.unwrap()).id, root(first.id.unwrap()).id, "{workers} workers");
+        // Nodes were stored again, for want of a parent, so only what leaves say is equal.
+        let entries = |id| entries(&repo.repository, id);
+        assert!(entries(again.id.unwrap()) == entries(first.id.unwrap()), "{workers} workers");
     }
     let content = save_as(
         &repo.repository,
@@ -88,6 +93,17 @@ fn everything_that_can_be_in_a_tree_comes_back_and_costs_nothing_the_second_time
     );
     assert_eq!(content.summary.files_unmodified, 0);
     assert_eq!(content.summary.bytes_stored, 0);
+}
+
+fn entries(repository: &Repository, id: SnapshotId) -> Vec<Entry> {
+    let snapshot = snapshot(repository, id);
+    let mut cursor = EntryCursor::new(TreeCursor::new(repository, snapshot.root, snapshot.level));
+    let mut entries = Vec::new();
+    while let Some(entry) = cursor.peek().unwrap().cloned() {
+        entries.push(entry);
+        cursor.advance();
+    }
+    entries
 }
 
 /// Makes a change to a tree that is saved; returns files read by the next backup.
@@ -167,7 +183,7 @@ const EDITS: [Edit; 15] = [
     (
         "another link",
         |source| fs::hard_link(source.path("d/small"), source.path("another")).unwrap(),
-        1,
+        2,
     ),
     (
         "another kind",

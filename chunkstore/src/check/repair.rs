@@ -1,6 +1,7 @@
 //! Rebuilds the index from the tables of the packs.
 
 use std::collections::HashSet;
+use std::fmt;
 
 use serde::Serialize;
 
@@ -29,6 +30,18 @@ pub struct RepairSummary {
     pub segments_deleted: usize,
     /// Old segments left to running backups; the next prune merges them.
     pub segments_left: usize,
+}
+
+impl fmt::Display for RepairSummary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { packs, packs_damaged, records, segments_written, segments_deleted, .. } = self;
+        write!(f, "wrote {segments_written} segments with {records} records of {packs} packs")?;
+        write!(f, ", deleted {segments_deleted} old ones")?;
+        if self.segments_left > 0 {
+            write!(f, ", left {} to running backups", self.segments_left)?;
+        }
+        if *packs_damaged > 0 { write!(f, "; {packs_damaged} packs are damaged") } else { Ok(()) }
+    }
 }
 
 /// Writes a new index of all data packs and deletes the old one. Backups may run meanwhile.

@@ -79,8 +79,9 @@ pub(crate) fn files(seed: u64, count: usize, len: usize) -> Files {
 pub(crate) fn settings() -> WriterSettings {
     WriterSettings {
         pack_target_bytes: 16 << 10,
-        uploads: 16,
-        pack_buffers: 32,
+        // The least there can be: whoever waits while holding what an upload needs hangs here.
+        uploads: 1,
+        pack_buffers: 1,
         heartbeat: Duration::from_secs(3600),
         ..WriterSettings::default()
     }

@@ -7,7 +7,9 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use chunkstore::record::Summary;
-use chunkstore::tree::{Body, Content, Entry, Kind, LeafAt, Liveness, Node, NodeRef, TreeBuilder};
+use chunkstore::tree::{
+    Body, Content, Entry, Kind, LeafAt, Liveness, Node, NodeRef, Timestamp, TreeBuilder,
+};
 use chunkstore::{Error, Result};
 
 /// Number of a place in the queue that waits for content.
@@ -40,10 +42,19 @@ pub(super) struct Assembler<'a> {
     first: Ticket,
     bytes: usize,
     bytes_max: usize,
-    links: HashMap<(u32, u64), Option<Content>>,
+    links: HashMap<(u32, u64), Option<Read>>,
     /// Names of files whose first name could not be read, to be reported.
     unread_links: Vec<Vec<u8>>,
     summary: Summary,
+}
+
+/// What a file with several names was when it was read. All its names get that, lest the size of one
+/// belong to another moment than its content.
+struct Read {
+    content: Content,
+    size: u64,
+    mtime: Timestamp,
+    ctime: Timestamp,
 }
 
 /// Bytes an entry takes in the queue besides its key: some chunks, mostly few.
@@ -176,7 +187,10 @@ impl<'a> Assembler<'a> {
             Item::Link { key, mut node } => {
                 let bytes = ITEM_BYTES + key.len();
                 match self.links.get(&(node.fs, node.ino)) {
-                    Some(Some(content)) => node.content = content.clone(),
+                    Some(Some(read)) => {
+                        node.content = read.content.clone();
+                        (node.size, node.mtime, node.ctime) = (read.size, read.mtime, read.ctime);
+                    }
                     _ => {
                         self.unread_links.push(key);
                         return Ok(bytes);
@@ -241,8 +255,13 @@ impl<'a> Assembler<'a> {
         if node.content == Content::Extents {
             self.links.remove(&(node.fs, node.ino));
         } else if self.links.len() < LINKS_MAX || self.links.contains_key(&(node.fs, node.ino)) {
-            self.links
-                .insert((node.fs, node.ino), Some(node.content.clone()));
+            let read = Read {
+                content: node.content.clone(),
+                size: node.size,
+                mtime: node.mtime,
+                ctime: node.ctime,
+            };
+            self.links.insert((node.fs, node.ino), Some(read));
         }
     }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use chunkstore::codec::compress::Level;
-use chunkstore::limits::{CHUNK_BYTES_MAX, PACK_TARGET_BYTES_MAX, PACK_TARGET_BYTES_MIN};
+use chunkstore::limits::{CHUNK_BYTES_MAX, PACK_BYTES_MAX, PACK_TARGET_BYTES_MAX, PACK_TARGET_BYTES_MIN};
 use chunkstore::writer::WriterSettings;
 
 /// Least memory the program accepts.
@@ -71,6 +71,12 @@ impl Resources {
     /// Bytes of entries that wait for content that is still being read.
     pub fn queue_bytes(&self) -> usize {
         (self.memory_bytes / 16) as usize
+    }
+
+    /// Threads that read whole packs.
+    pub fn check_threads(&self) -> usize {
+        let packs = self.memory_bytes.saturating_sub(FIXED_BYTES) / (2 * PACK_BYTES_MAX);
+        (packs as usize).clamp(1, self.workers.max(2))
     }
 
     /// Bytes of what a restore wants at one time.

@@ -1,32 +1,56 @@
 //! Taking care of a repository: `check`, `forget`, `prune` and `stats`.
 
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-
-use anyhow::{Result, bail};
-use chunkstore::gc::{self, PruneSettings, Stats};
+use anyhow::Result;
+use chunkstore::check::{self, CheckOptions, Finding, ReadData};
+use chunkstore::gc::{self, PruneSettings};
 use chunkstore::retention;
 use serde::Serialize;
 
 use super::args::{Check, Forget, Global, Prune};
-use super::output::{Output, bytes};
-use super::{DONE, INCOMPLETE, now, secret, snapshot};
+use super::output::Output;
+use super::{DONE, FAILED, INCOMPLETE, now, secret, snapshot};
 
-pub(super) fn check(
-    global: &Global,
-    args: &Check,
-    output: &Output,
-    cancelled: &Arc<AtomicBool>,
-) -> Result<u8> {
-    let _ = (global, args, output, cancelled, INCOMPLETE);
-    bail!("pending")
+pub(super) fn check(global: &Global, args: &Check, output: &Output) -> Result<u8> {
+    let resources = secret::resources(global)?;
+    let repository = secret::open(global)?;
+    let progress = |what: &str| tell(global, output, what);
+    let mut broken_pipe = Ok(());
+    let mut report = |finding: Finding| {
+        let printed = output.line(&finding).and_then(|()| output.object(&finding));
+        broken_pipe = std::mem::replace(&mut broken_pipe, Ok(())).and(printed);
+    };
+    if args.repair_index {
+        let summary = check::repair_index(&repository, &mut report, &progress)?;
+        output.line(&summary)?;
+        output.object(&summary)?;
+        broken_pipe?;
+        return Ok(if summary.packs_damaged > 0 { INCOMPLETE } else { DONE });
+    }
+    let read_data = match (args.read_data, args.read_data_subset) {
+        (true, _) => ReadData::All,
+        (false, Some(percent)) => ReadData::Percent(percent),
+        (false, None) => ReadData::None,
+    };
+    let unlock = secret::unlock(global, repository.keys().repository)?;
+    let options = CheckOptions { read_data, threads: resources.check_threads(), unlock: Some(unlock) };
+    let summary = check::check(&repository, &options, &mut report, &progress)?;
+    output.line(&summary)?;
+    output.object(&summary)?;
+    broken_pipe?;
+    Ok(if summary.errors > 0 { FAILED } else { DONE })
+}
+
+/// Tells people how a long job goes on.
+fn tell(global: &Global, output: &Output, what: &str) {
+    if !global.quiet && !output.json {
+        output.note(what);
+    }
 }
 
 pub(super) fn forget(
     global: &Global,
     args: &Forget,
     output: &Output,
-    cancelled: &Arc<AtomicBool>,
 ) -> Result<u8> {
     let repository = secret::open(global)?;
     let mut forgotten = Vec::new();
@@ -90,7 +114,7 @@ pub(super) fn forget(
     if args.prune && !dry_run {
         drop(repository);
         let grace = PruneSettings::default().grace;
-        return prune(global, &Prune { grace, dry_run }, output, cancelled);
+        return prune(global, &Prune { grace, dry_run }, output);
     }
     Ok(DONE)
 }
@@ -99,7 +123,6 @@ pub(super) fn prune(
     global: &Global,
     args: &Prune,
     output: &Output,
-    _cancelled: &Arc<AtomicBool>,
 ) -> Result<u8> {
     let repository = secret::open(global)?;
     let writer = format!(
@@ -112,21 +135,17 @@ pub(super) fn prune(
         dry_run: args.dry_run,
         writer,
     };
-    let progress = |what: &str| {
-        if !global.quiet {
-            output.note(what);
-        }
-    };
+    let progress = |what: &str| tell(global, output, what);
     let report = gc::prune(&repository, &settings, now(), &progress)?;
     output.line(&report)?;
     output.object(&report)?;
     Ok(DONE)
 }
 
-pub(super) fn stats(global: &Global, output: &Output, _cancelled: &Arc<AtomicBool>) -> Result<u8> {
+pub(super) fn stats(global: &Global, output: &Output) -> Result<u8> {
     let repository = secret::open(global)?;
-    let stats: Stats = gc::stats(&repository, &|_| {})?;
-    output.line(format!("{stats:?} {}", bytes(stats.data.bytes)))?;
+    let stats = gc::stats(&repository, &|what| tell(global, output, what))?;
+    output.line(&stats)?;
     output.object(&stats)?;
     Ok(DONE)
 }

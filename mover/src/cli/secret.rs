@@ -63,9 +63,17 @@ pub(super) fn given(global: &Global) -> Result<Given> {
 /// When there is none, or the secret does not fit.
 pub(super) fn open(global: &Global) -> Result<Arc<Repository>> {
     let store = store(global)?;
-    let id = Repository::identify(&*store)?;
-    let unlock = match given(global)? {
-        Given::Unlock(unlock) => unlock,
+    let unlock = unlock(global, Repository::identify(&*store)?)?;
+    Ok(Arc::new(Repository::open(store, &unlock)?))
+}
+
+/// What opens repository `id`, given or found.
+///
+/// # Errors
+/// When nothing was given and there is no key file for the repository.
+pub(super) fn unlock(global: &Global, id: RepositoryId) -> Result<Unlock> {
+    match given(global)? {
+        Given::Unlock(unlock) => Ok(unlock),
         Given::Default => {
             let path = default_key_file(id)?;
             if !path.exists() {
@@ -75,10 +83,9 @@ pub(super) fn open(global: &Global) -> Result<Arc<Repository>> {
                     path.display()
                 );
             }
-            Unlock::KeyFile(read_key_file(&path)?)
+            Ok(Unlock::KeyFile(read_key_file(&path)?))
         }
-    };
-    Ok(Arc::new(Repository::open(store, &unlock)?))
+    }
 }
 
 /// The store of the repository named on the command line.

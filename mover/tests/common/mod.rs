@@ -1,6 +1,6 @@
 //! What the end-to-end tests share: repositories, jobs, and a scanner of its own that compares two
 //! trees attribute by attribute.
-#![allow(dead_code, unused_imports, reason = "each test uses its part")]
+#![allow(dead_code, unreachable_pub, reason = "each test uses its part")]
 
 pub mod images;
 pub mod scan;
