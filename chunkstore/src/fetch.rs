@@ -22,6 +22,10 @@ const GAP_BYTES: u32 = 256 << 10;
 /// Wishes handled by one thread at a time: some 16 MiB, so that small restores are spread as well.
 const BLOBS_PER_TASK: usize = 16;
 
+/// Takes a blob's plaintext, or the error that prevents it, and all wishes for it; answers whether to
+/// go on.
+pub type Deliver<'a> = dyn Fn(Result<&[u8]>, &[Want]) -> bool + Sync + 'a;
+
 /// A blob and what it is wanted for.
 #[derive(Debug, Clone, Copy)]
 pub struct Want {
@@ -38,7 +42,7 @@ pub fn fetch(
     repository: &Repository,
     mut wants: Vec<Want>,
     threads: usize,
-    deliver: &(dyn Fn(Result<&[u8]>, &[Want]) -> bool + Sync),
+    deliver: &Deliver<'_>,
 ) {
     wants.sort_unstable_by_key(|want| want.blob.location);
     let tasks = divide(&wants);
@@ -101,7 +105,7 @@ impl Reader {
         &mut self,
         repository: &Repository,
         task: &[Want],
-        deliver: &(dyn Fn(Result<&[u8]>, &[Want]) -> bool + Sync),
+        deliver: &Deliver<'_>,
     ) -> bool {
         let (store, keys) = (repository.store(), repository.keys());
         let id = task[0].blob.location.pack;
@@ -130,7 +134,7 @@ impl Reader {
         repository: &Repository,
         pack: &Pack,
         run: &[&[Want]],
-        deliver: &(dyn Fn(Result<&[u8]>, &[Want]) -> bool + Sync),
+        deliver: &Deliver<'_>,
     ) -> bool {
         let place = |wants: &[Want]| {
             let blob = &wants[0].blob;
@@ -194,7 +198,7 @@ fn run_length(pack: &Pack, blobs: &[&[Want]]) -> usize {
 fn fail_all(
     error: &Error,
     wants: &[Want],
-    deliver: &(dyn Fn(Result<&[u8]>, &[Want]) -> bool + Sync),
+    deliver: &Deliver<'_>,
 ) -> bool {
     wants
         .chunk_by(|a, b| a.blob.location == b.blob.location)

@@ -85,6 +85,9 @@ pub const PURPOSE: &str = "prune";
 /// Age at which marks on forgotten snapshots and fenced sessions are removed.
 const MARKS_KEPT: Duration = Duration::from_secs(30 * 86_400);
 
+/// Age at which writes that never ended are removed.
+const UNFINISHED_KEPT: Duration = Duration::from_secs(86_400);
+
 /// How a garbage collection is done.
 #[derive(Debug, Clone)]
 pub struct PruneSettings {
@@ -511,7 +514,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Old marks, and announcements of garbage collections that have died.
+    /// Old marks, writes that never ended, and announcements of garbage collections that have died.
     fn delete_marks(&self, begun: &Begun) -> Result<()> {
         let Self {
             repository,
@@ -533,6 +536,7 @@ impl Run<'_> {
                 store.delete(&record::forgotten_name(id))?;
             }
         }
+        store.remove_unfinished(UNFINISHED_KEPT, store_now)?;
         for session in facts::sessions(repository, store_now)? {
             let silent = Duration::from_secs(session.silent_secs);
             if session.purpose == PURPOSE && silent > self.settings.grace {

@@ -123,3 +123,9 @@ pub fn list_segments(store: &dyn ObjectStore) -> Result<Vec<SegmentId>> {
     })?;
     Ok(ids)
 }
+
+/// Fuzzing entry: whether these are the plain bytes of a footer.
+#[cfg(feature = "testing")]
+pub(crate) fn fuzz_footer(bytes: &[u8]) -> bool {
+    segment::Footer::decode(bytes).is_ok()
+}

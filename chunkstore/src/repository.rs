@@ -229,7 +229,10 @@ impl Repository {
                 Ok(Some(Verdict::Snapshot(snapshot))) => list.snapshots.push((id, *snapshot)),
                 Ok(Some(Verdict::Fenced { .. })) => list.fenced.push(id),
                 Ok(None) => {}
-                Err(error) if error.kind() == ErrorKind::Corrupt => {
+                // A flipped bit can also look like a newer format: one object must not hide the rest.
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported) =>
+                {
                     list.damaged.push((record::snapshot_name(id), error));
                 }
                 Err(error) => return Err(error),

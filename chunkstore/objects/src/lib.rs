@@ -10,7 +10,7 @@
 
 use std::io::IoSlice;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 mod error;
 mod key;
@@ -81,6 +81,14 @@ pub trait ObjectStore: Send + Sync {
     /// Deletes the object. Deleting one that does not exist is no error.
     fn delete(&self, key: &str) -> Result<()>;
 
+    /// Removes what writes that never ended have left behind (temporary files, unfinished uploads), if
+    /// nothing was written to it for `older_than` before `now`, by the store's clock. Returns how many
+    /// there were.
+    ///
+    /// A writer whose unfinished write disappears fails, so `older_than` must exceed the longest time
+    /// that a live writer can go between two steps, and the difference of clocks: hours, not minutes.
+    fn remove_unfinished(&self, older_than: Duration, now: SystemTime) -> Result<u64>;
+
     /// Where the store is, for messages: a path or URL without secrets.
     fn location(&self) -> String;
 }
@@ -113,6 +121,10 @@ impl<S: ObjectStore + ?Sized> ObjectStore for Arc<S> {
 
     fn delete(&self, key: &str) -> Result<()> {
         (**self).delete(key)
+    }
+
+    fn remove_unfinished(&self, older_than: Duration, now: SystemTime) -> Result<u64> {
+        (**self).remove_unfinished(older_than, now)
     }
 
     fn location(&self) -> String {

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! - *Crash*: before the rename only a temporary file can be left. No listing or read shows it, and
-//!   [`LocalStore::remove_stale_temporaries`] removes it. After the rename the object is whole.
+//!   [`ObjectStore::remove_unfinished`] removes it. After the rename the object is whole.
 //! - *Durability*: whoever finds an object or folder that another process made syncs the folder it
 //!   is in before building on it, for that process may have died before it did.
 //! - *Confinement*: paths are walked folder by folder from the opened root and symbolic links are
@@ -133,46 +133,6 @@ impl LocalStore {
         self.observer = Some(observer);
         self
     }
-
-    /// Removes the temporary files that crashed writers left: those last written to at least
-    /// `older_than` before `now`. Returns how many there were.
-    ///
-    /// A writer whose temporary file disappears fails, so `older_than` must exceed the longest
-    /// time that a live writer, on any machine that shares the directory, can go between two
-    /// writes to it, and the difference of their clocks: hours, not minutes.
-    pub fn remove_stale_temporaries(&self, older_than: Duration, now: SystemTime) -> Result<u64> {
-        const OPERATION: &str = "remove stale temporaries below";
-        let mut removed = 0;
-        self.walk(OPERATION, "", &mut |folder, path, name| {
-            if !write::is_temporary(name.to_bytes()) {
-                return Ok(());
-            }
-            let fail = |err: Errno| {
-                Error::from_io(
-                    OPERATION,
-                    format!("{path}{}", name.to_string_lossy()),
-                    err.into(),
-                )
-            };
-            let stat = match rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) {
-                Err(Errno::NOENT) => return Ok(()),
-                stat => stat.map_err(fail)?,
-            };
-            let stale = read::modified(&stat)
-                .checked_add(older_than)
-                .is_some_and(|expiry| expiry <= now);
-            if !stale || FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-                return Ok(());
-            }
-            match rustix::fs::unlinkat(folder, name, AtFlags::empty()) {
-                Ok(()) => removed += 1,
-                Err(Errno::NOENT) => {}
-                Err(err) => return Err(fail(err)),
-            }
-            Ok(())
-        })?;
-        Ok(removed)
-    }
 }
 
 impl ObjectStore for LocalStore {
@@ -228,6 +188,40 @@ impl ObjectStore for LocalStore {
     fn delete(&self, key: &str) -> Result<()> {
         key::validate("delete", key)?;
         self.remove(key)
+    }
+
+    fn remove_unfinished(&self, older_than: Duration, now: SystemTime) -> Result<u64> {
+        const OPERATION: &str = "remove stale temporaries below";
+        let mut removed = 0;
+        self.walk(OPERATION, "", &mut |folder, path, name| {
+            if !write::is_temporary(name.to_bytes()) {
+                return Ok(());
+            }
+            let fail = |err: Errno| {
+                Error::from_io(
+                    OPERATION,
+                    format!("{path}{}", name.to_string_lossy()),
+                    err.into(),
+                )
+            };
+            let stat = match rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) {
+                Err(Errno::NOENT) => return Ok(()),
+                stat => stat.map_err(fail)?,
+            };
+            let stale = read::modified(&stat)
+                .checked_add(older_than)
+                .is_some_and(|expiry| expiry <= now);
+            if !stale || FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+                return Ok(());
+            }
+            match rustix::fs::unlinkat(folder, name, AtFlags::empty()) {
+                Ok(()) => removed += 1,
+                Err(Errno::NOENT) => {}
+                Err(err) => return Err(fail(err)),
+            }
+            Ok(())
+        })?;
+        Ok(removed)
     }
 
     fn location(&self) -> String {

@@ -203,19 +203,19 @@ fn only_stale_temporaries_are_removed() {
     let hour = Duration::from_secs(3600);
     assert_eq!(
         store
-            .remove_stale_temporaries(hour, written + hour / 2)
+            .remove_unfinished(hour, written + hour / 2)
             .unwrap(),
         0
     );
     assert_eq!(
         store
-            .remove_stale_temporaries(hour, written - hour)
+            .remove_unfinished(hour, written - hour)
             .unwrap(),
         0
     );
     assert_eq!(
         store
-            .remove_stale_temporaries(hour, written + hour * 2)
+            .remove_unfinished(hour, written + hour * 2)
             .unwrap(),
         2
     );

@@ -129,7 +129,7 @@ fn for_every_cut(
         let left = temporaries(&folder);
         let later = store.stat(KEY).unwrap().modified + Duration::from_secs(7200);
         let removed = store
-            .remove_stale_temporaries(Duration::from_secs(3600), later)
+            .remove_unfinished(Duration::from_secs(3600), later)
             .unwrap();
         assert_eq!(removed, left.len() as u64);
         assert_eq!(temporaries(&folder), [""; 0].map(PathBuf::from));

@@ -28,7 +28,7 @@ impl Filter {
 
     /// A stored filter; `None` if the length is impossible.
     pub(super) fn from_bytes(blocks: Vec<u8>) -> Option<Self> {
-        (!blocks.is_empty() && blocks.len() % BLOCK_BYTES == 0).then_some(Self { blocks })
+        (!blocks.is_empty() && blocks.len().is_multiple_of(BLOCK_BYTES)).then_some(Self { blocks })
     }
 
     pub(super) fn as_bytes(&self) -> &[u8] {
@@ -55,7 +55,7 @@ impl Filter {
         let word =
             |at: usize| u64::from_le_bytes(*id[at..].first_chunk().expect("two words of 8 bytes"));
         let blocks = (self.blocks.len() / BLOCK_BYTES) as u128;
-        let block = (u128::from(word(0)) * blocks >> 64) as usize;
+        let block = ((u128::from(word(0)) * blocks) >> 64) as usize;
         let mut rest = word(8);
         let bits = std::array::from_fn(|_| {
             let bit = (rest & 31) as u8;

@@ -120,7 +120,7 @@ impl<'a> Assembler<'a> {
 
     /// Whether this file was met under another name, so that it need not be read again.
     pub(super) fn is_known_link(&self, fs: u32, ino: u64) -> bool {
-        self.links.get(&(fs, ino)).is_some()
+        self.links.contains_key(&(fs, ino))
     }
 
     /// Notes that a file with several names is about to be read.

@@ -687,6 +687,6 @@ impl BundlePlanner {
             .update(name);
         let hash = hasher.finalize();
         let draw = u64::from_le_bytes(*hash.as_bytes().first_chunk().expect("32 is more than 8"));
-        u128::from(draw) * BUNDLE_BYTES_MEAN as u128 >> 64 < size as u128
+        (u128::from(draw) * BUNDLE_BYTES_MEAN as u128) >> 64 < size as u128
     }
 }

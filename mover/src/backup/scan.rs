@@ -40,10 +40,9 @@ pub(super) fn scan(
     parent: Option<(SnapshotId, Snapshot)>,
     monitor: &dyn Monitor,
 ) -> Result<(NodeRef, u8, Summary)> {
-    let parent = match &parent {
-        Some((_, snapshot)) => Some(Parent::open(repository, Some(writer), snapshot)),
-        None => None,
-    };
+    let parent = parent
+        .as_ref()
+        .map(|(_, snapshot)| Parent::open(repository, Some(writer), snapshot));
     // An unreadable parent costs reading everything again, not the backup.
     let parent = parent.and_then(|opened| {
         let warn = |error: Error| {
@@ -331,18 +330,17 @@ impl<'a, S: Sink> Walk<'a, S> {
         if !parent.is_unchanged(&found, meta, fs, changed_by) {
             return Ok(Err(Some(found)));
         }
-        let has_extents = found
-            .node()
-            .is_some_and(|node| node.content == Content::Extents);
         let mut extents = Vec::new();
-        while has_extents {
-            match parent.next_extent() {
-                Ok(Some(extent)) if extent.is_usable() => extents.push(extent),
-                Ok(None) => break,
-                Ok(Some(_)) => return Ok(Err(None)),
-                Err(error) => {
-                    self.lose_parent(&error);
-                    return Ok(Err(None));
+        if found.node().is_some_and(|node| node.content == Content::Extents) {
+            loop {
+                match parent.next_extent() {
+                    Ok(Some(extent)) if extent.is_usable() => extents.push(extent),
+                    Ok(None) => break,
+                    Ok(Some(_)) => return Ok(Err(None)),
+                    Err(error) => {
+                        self.lose_parent(&error);
+                        return Ok(Err(None));
+                    }
                 }
             }
         }

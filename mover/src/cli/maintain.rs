@@ -145,7 +145,7 @@ pub(super) fn prune(
 pub(super) fn stats(global: &Global, output: &Output) -> Result<u8> {
     let repository = secret::open(global)?;
     let stats = gc::stats(&repository, &|what| tell(global, output, what))?;
-    output.line(&stats)?;
+    output.line(stats)?;
     output.object(&stats)?;
     Ok(DONE)
 }

@@ -10,13 +10,14 @@
 //! without following symlinks (before Linux 6.6), and what was swapped in must not get the owner.
 //!
 //! Not done: extended attributes that are there but not wanted are left (a default ACL of the
-//! target directory stays in effect); the access time is left.
+//! target directory stays in effect); the access time is not restored: it
+//! becomes the modification time.
 
 use super::dir::{Dir, checked, statx_fd};
 use super::meta::{Kind, Meta, Timestamp};
 use super::xattr::proc_path;
 use rustix::fs::{
-    AtFlags, CWD, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags,
+    AtFlags, CWD, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags,
 };
 use rustix::io::Errno;
 use std::fs::File;
@@ -227,16 +228,10 @@ impl Handle<'_> {
     }
 
     fn set_mtime(&self, mtime: Timestamp) -> io::Result<()> {
-        let times = Timestamps {
-            last_access: Timespec {
-                tv_sec: 0,
-                tv_nsec: UTIME_OMIT,
-            },
-            last_modification: Timespec {
-                tv_sec: mtime.seconds,
-                tv_nsec: mtime.nanos.into(),
-            },
-        };
+        // The access time is set as well: FUSE file systems are known that set neither when one of
+        // them is to be left (bindfs 1.14).
+        let time = Timespec { tv_sec: mtime.seconds, tv_nsec: mtime.nanos.into() };
+        let times = Timestamps { last_access: time, last_modification: time };
         // Nanoseconds out of range are magic values to the kernel.
         if mtime.nanos >= 1_000_000_000 {
             return Err(Errno::INVAL.into());

@@ -1,5 +1,6 @@
 //! A store whose calls fail when the test says so, before or after taking effect.
 
+use std::time::{Duration, SystemTime};
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -90,6 +91,10 @@ impl<S: ObjectStore, F: Fn(Op, &str, u64) -> Fault + Send + Sync> ObjectStore
 
     fn delete(&self, key: &str) -> Result<()> {
         self.call(Op::Delete, key, || self.inner.delete(key))
+    }
+
+    fn remove_unfinished(&self, older_than: Duration, now: SystemTime) -> Result<u64> {
+        self.inner.remove_unfinished(older_than, now)
     }
 
     fn location(&self) -> String {

@@ -190,6 +190,10 @@ impl ObjectStore for MemoryStore {
         Ok(())
     }
 
+    fn remove_unfinished(&self, _: Duration, _: SystemTime) -> Result<u64> {
+        Ok(0)
+    }
+
     fn location(&self) -> String {
         "memory".to_owned()
     }

@@ -1,5 +1,6 @@
 //! A store that counts the calls and bytes that go through it.
 
+use std::time::{Duration, SystemTime};
 use std::collections::BTreeMap;
 use std::io::IoSlice;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -114,6 +115,10 @@ impl<S: ObjectStore> ObjectStore for RecordingStore<S> {
     fn delete(&self, key: &str) -> Result<()> {
         self.count(Op::Delete, 1, 0);
         self.inner.delete(key)
+    }
+
+    fn remove_unfinished(&self, older_than: Duration, now: SystemTime) -> Result<u64> {
+        self.inner.remove_unfinished(older_than, now)
     }
 
     fn location(&self) -> String {
