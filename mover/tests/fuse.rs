@@ -5,7 +5,7 @@ mod common;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::scan::{assert_same, scan};
@@ -13,25 +13,37 @@ use common::{Repo, memory_dir, not_tested, request, restore_into, save, save_as}
 use mover::backup::ChangedBy;
 
 /// A folder seen through bindfs, until dropped.
-struct Mount(tempfile::TempDir);
+struct Mount(PathBuf);
 
 impl Mount {
     fn of(folder: &Path) -> Option<Self> {
-        let at = tempfile::tempdir().unwrap();
-        let mounted = Command::new("bindfs").arg(folder).arg(at.path()).output();
+        let at = tempfile::tempdir().unwrap().keep();
+        let mounted = Command::new("bindfs").arg(folder).arg(&at).output();
         match mounted {
             Ok(output) if output.status.success() => Some(Self(at)),
             other => {
+                fs::remove_dir(at).unwrap();
                 not_tested(&format!("FUSE: bindfs cannot mount ({other:?})"));
                 None
             }
         }
     }
+
+    fn path(&self) -> &Path {
+        &self.0
+    }
 }
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        let _gone = Command::new("umount").arg(self.0.path()).status();
+        // A child that another test is just starting may hold a file of it for a moment. Only an empty
+        // folder may be removed: through a mount, everything below would go with it.
+        let gone = (0..500).any(|_| {
+            let unmounted = Command::new("umount").arg(&self.0).output();
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            unmounted.is_ok_and(|output| output.status.success())
+        });
+        assert!(gone && fs::remove_dir(&self.0).is_ok(), "{} stays mounted", self.0.display());
     }
 }
 
@@ -53,19 +65,19 @@ fn a_tree_on_fuse_comes_back_and_is_not_read_again() {
     let repo = Repo::new();
     // Changes within two seconds before a backup are read again: let all be older.
     age(folder.path());
-    let first = save(&repo.repository, mount.0.path());
+    let first = save(&repo.repository, mount.path());
     let target = memory_dir();
     restore_into(&repo.repository, first.id.unwrap(), target.path());
-    assert_same(&scan(mount.0.path()), &scan(target.path()), "restored from FUSE");
+    assert_same(&scan(mount.path()), &scan(target.path()), "restored from FUSE");
     // A remount gives new inode numbers; that must not matter.
     drop(mount);
     let mount = Mount::of(folder.path()).expect("it could be mounted before");
-    let again = save_as(&repo.repository, &lineage_of(&request(mount.0.path()), &first_path(&repo)));
+    let again = save_as(&repo.repository, &lineage_of(&request(mount.path()), &first_path(&repo)));
     assert_eq!(again.summary.files_changed, 0, "{:?}", again.summary);
     assert_eq!(again.summary.bytes_read, 0);
     // A change of content that keeps the size, and moves the modification time.
-    fs::write(mount.0.path().join("a/small"), "SMALL").unwrap();
-    let changed = save_as(&repo.repository, &lineage_of(&request(mount.0.path()), &first_path(&repo)));
+    fs::write(mount.path().join("a/small"), "SMALL").unwrap();
+    let changed = save_as(&repo.repository, &lineage_of(&request(mount.path()), &first_path(&repo)));
     assert_eq!(changed.summary.files_changed, 1, "{:?}", changed.summary);
     let target = memory_dir();
     restore_into(&repo.repository, changed.id.unwrap(), target.path());
@@ -80,7 +92,7 @@ fn a_tree_is_restored_onto_fuse() {
     let saved = save(&repo.repository, folder.path());
     let below = memory_dir();
     let Some(mount) = Mount::of(below.path()) else { return };
-    restore_into(&repo.repository, saved.id.unwrap(), mount.0.path());
+    restore_into(&repo.repository, saved.id.unwrap(), mount.path());
     assert_same(&scan(folder.path()), &scan(below.path()), "restored onto FUSE");
     let (one, other) = (below.path().join("large"), below.path().join("a/linked"));
     assert_eq!(fs::metadata(one).unwrap().ino(), fs::metadata(other).unwrap().ino());
@@ -93,7 +105,7 @@ fn an_explicit_rule_overrides_the_choice_by_file_system() {
     let Some(mount) = Mount::of(folder.path()) else { return };
     age(folder.path());
     let repo = Repo::new();
-    let mut by_content = request(mount.0.path());
+    let mut by_content = request(mount.path());
     by_content.changed_by = Some(ChangedBy::Content);
     save_as(&repo.repository, &by_content);
     let again = save_as(&repo.repository, &by_content);

@@ -13,6 +13,9 @@ pub(crate) const MEMORY_BYTES_MIN: u64 = 96 << 20;
 /// allocator's slack.
 const FIXED_BYTES: u64 = 40 << 20;
 
+/// What one worker takes.
+const WORKER_BYTES: u64 = 8 << 20;
+
 /// Memory and threads of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Resources {
@@ -30,25 +33,35 @@ impl Resources {
     /// ```text
     /// 40 MiB          the program itself
     /// 3 packs         one being filled, two being uploaded
-    /// 1 pack          tree nodes
-    /// per worker      10 MiB: 4 read ahead, 2 compressed, 4 for the compressor's tables
-    /// 3 blocks        of a large file being cut
-    /// 1/16            index filters, and as much for names of a large folder, and for the queue
+    /// 3 blocks        of a large file being cut: 1/32 each, from 4 to 8 MiB
+    /// 3/24            index filters, names of a large folder, entries waiting in the queue
+    /// per worker      8 MiB: 4 read ahead, 2 compressed, 2 for the compressor's tables
     /// ```
+    ///
+    /// # Panics
+    /// Never: too small a budget counts as the least one.
     pub fn new(memory_bytes: u64, cpus: usize) -> Self {
-        let free = memory_bytes.max(MEMORY_BYTES_MIN) - FIXED_BYTES;
-        // A quarter of what is free for packs leaves, at 96 MiB, enough for two workers.
-        let pack = (free / 6).min(PACK_TARGET_BYTES_MAX as u64) as usize;
+        let memory_bytes = memory_bytes.max(MEMORY_BYTES_MIN);
+        let free = memory_bytes - FIXED_BYTES;
+        // With a tenth of the rest for each pack, the least budget leaves room for one worker.
+        let pack = (free / 10).min(PACK_TARGET_BYTES_MAX as u64) as usize;
         let pack_target_bytes = pack.max(PACK_TARGET_BYTES_MIN);
-        let packs = 3 * (pack_target_bytes + CHUNK_BYTES_MAX) as u64;
-        let shares = 3 * memory_bytes / 16;
-        let left = free.saturating_sub(packs + shares) / (10 << 20);
-        let workers = (left as usize).clamp(1, cpus.max(1));
-        Self {
-            memory_bytes,
-            workers,
-            pack_target_bytes,
-        }
+        let mut resources = Self { memory_bytes, workers: 1, pack_target_bytes };
+        let left = free.saturating_sub(resources.shared_bytes()) / WORKER_BYTES;
+        resources.workers = (left as usize).clamp(1, cpus.max(1));
+        resources
+    }
+
+    /// Bytes of everything but the program itself and its workers.
+    fn shared_bytes(&self) -> u64 {
+        let packs = 3 * (self.pack_target_bytes + CHUNK_BYTES_MAX);
+        let blocks = 3 * self.block_bytes();
+        let shares = self.filter_bytes() + self.listing_bytes() + self.queue_bytes();
+        (packs + blocks + shares) as u64
+    }
+
+    fn filter_bytes(&self) -> usize {
+        (self.memory_bytes / 24) as usize
     }
 
     /// Settings of a writer within this budget.
@@ -58,19 +71,19 @@ impl Resources {
             pack_target_bytes: self.pack_target_bytes,
             pack_buffers: 3,
             uploads: 2,
-            filter_bytes: (self.memory_bytes / 16) as usize,
+            filter_bytes: self.filter_bytes(),
             heartbeat: Duration::from_secs(60),
         }
     }
 
     /// Bytes for the names of one large folder, before they are sorted on disk.
     pub fn listing_bytes(&self) -> usize {
-        (self.memory_bytes / 16) as usize
+        (self.memory_bytes / 24) as usize
     }
 
     /// Bytes of entries that wait for content that is still being read.
     pub fn queue_bytes(&self) -> usize {
-        (self.memory_bytes / 16) as usize
+        (self.memory_bytes / 24) as usize
     }
 
     /// Threads that read whole packs.
@@ -96,20 +109,13 @@ mod tests {
 
     #[test]
     fn the_parts_stay_within_the_whole() {
-        for mib in [96_u64, 128, 192, 256, 1024, 16 << 10] {
-            for cpus in [1, 2, 8, 64] {
+        for mib in [1_u64, 96, 112, 128, 192, 256, 1024, 16 << 10] {
+            for cpus in [0, 1, 2, 8, 64] {
                 let resources = Resources::new(mib << 20, cpus);
-                let packs = 3 * (resources.pack_target_bytes + CHUNK_BYTES_MAX) as u64;
-                let total = FIXED_BYTES
-                    + packs
-                    + (resources.workers as u64) * (10 << 20)
-                    + resources.writer(Level::Off).filter_bytes as u64
-                    + resources.listing_bytes() as u64
-                    + resources.queue_bytes() as u64;
-                assert!(
-                    total <= (mib << 20) + (4 << 20),
-                    "{mib} MiB, {cpus} cpus: {total}"
-                );
+                let workers = resources.workers as u64 * WORKER_BYTES;
+                let total = FIXED_BYTES + resources.shared_bytes() + workers;
+                let whole = (mib << 20).max(MEMORY_BYTES_MIN);
+                assert!(total <= whole, "{mib} MiB, {cpus} cpus: {total} in {resources:?}");
                 assert!(resources.workers >= 1);
             }
         }
