@@ -118,7 +118,9 @@ pub fn check(
         attribute(repository, &snapshots.snapshots, &mut damage);
     }
     for mut finding in damage.findings {
-        if finding.snapshots.is_empty() && matches!(finding.kind, FindingKind::Pack | FindingKind::Blob) {
+        if finding.snapshots.is_empty()
+            && matches!(finding.kind, FindingKind::Pack | FindingKind::Blob)
+        {
             finding.message += " (no snapshot uses it, but a later backup might; run prune)";
         }
         count(finding, &mut summary);
@@ -126,11 +128,7 @@ pub fn check(
     Ok(summary)
 }
 
-fn attribute(
-    repository: &Repository,
-    snapshots: &[(SnapshotId, Snapshot)],
-    damage: &mut Damage,
-) {
+fn attribute(repository: &Repository, snapshots: &[(SnapshotId, Snapshot)], damage: &mut Damage) {
     let mut attribution = Attribution::new(repository, damage);
     snapshots.iter().for_each(|(id, snapshot)| attribution.snapshot(*id, snapshot));
 }

@@ -37,11 +37,7 @@ pub enum ChunkerConfig {
 
 impl Default for ChunkerConfig {
     fn default() -> Self {
-        Self::Fastcdc {
-            min: CHUNK_BYTES_MIN,
-            avg: CHUNK_BYTES_AVG,
-            max: CHUNK_BYTES_MAX,
-        }
+        Self::Fastcdc { min: CHUNK_BYTES_MIN, avg: CHUNK_BYTES_AVG, max: CHUNK_BYTES_MAX }
     }
 }
 
@@ -77,22 +73,13 @@ impl Chunker {
         }
         let (mask_short, mask_long) = select_masks(avg, Normalization::Level2);
         let mut bytes = [0; 2048];
-        blake3::Hasher::new_keyed(secret)
-            .update(b"gear")
-            .finalize_xof()
-            .fill(&mut bytes);
+        blake3::Hasher::new_keyed(secret).update(b"gear").finalize_xof().fill(&mut bytes);
         let mut gear = Box::new([0; 256]);
         for (value, word) in gear.iter_mut().zip(bytes.chunks_exact(8)) {
             *value = u64::from_le_bytes(word.try_into().expect("chunks of 8 bytes"));
         }
         let gear_shifted = Box::new(gear.map(|value| value << 1));
-        Ok(Self {
-            config,
-            mask_short,
-            mask_long,
-            gear,
-            gear_shifted,
-        })
+        Ok(Self { config, mask_short, mask_long, gear, gear_shifted })
     }
 
     /// Bytes that must lie ahead for [`cut`](Self::cut) to be final, unless the file ends.
@@ -131,18 +118,11 @@ impl Chunker {
 mod tests {
     use super::*;
 
-    const SMALL: ChunkerConfig = ChunkerConfig::Fastcdc {
-        min: 4096,
-        avg: 16_384,
-        max: 32_768,
-    };
+    const SMALL: ChunkerConfig = ChunkerConfig::Fastcdc { min: 4096, avg: 16_384, max: 32_768 };
 
     fn noise(seed: u8, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        blake3::Hasher::new()
-            .update(&[seed])
-            .finalize_xof()
-            .fill(&mut bytes);
+        blake3::Hasher::new().update(&[seed]).finalize_xof().fill(&mut bytes);
         bytes
     }
 
@@ -196,11 +176,7 @@ mod tests {
             .map(|cut| cut - 7)
             .collect();
         let unmoved = after.iter().filter(|cut| before.contains(cut)).count();
-        assert!(
-            unmoved * 10 > after.len() * 9,
-            "{unmoved} of {}",
-            after.len()
-        );
+        assert!(unmoved * 10 > after.len() * 9, "{unmoved} of {}", after.len());
     }
 
     #[test]

@@ -44,11 +44,7 @@ pub struct Error {
 impl Error {
     /// An error of `kind` that says `message`.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self {
-            kind,
-            message: message.into(),
-            source: None,
-        }
+        Self { kind, message: message.into(), source: None }
     }
 
     /// A mistake in what the caller gave.
@@ -69,11 +65,7 @@ impl Error {
     /// The same kind of error with `message` in front and this one as its source.
     #[must_use]
     pub fn context(self, message: impl Into<String>) -> Self {
-        Self {
-            kind: self.kind,
-            message: message.into(),
-            source: Some(Box::new(self)),
-        }
+        Self { kind: self.kind, message: message.into(), source: Some(Box::new(self)) }
     }
 
     /// What kind of failure it was.
@@ -122,10 +114,6 @@ impl From<objects::Error> for Error {
             Store::Invalid => ErrorKind::Invalid,
             Store::Io => ErrorKind::Store,
         };
-        Self {
-            kind,
-            message: "the store failed".into(),
-            source: Some(Box::new(error)),
-        }
+        Self { kind, message: "the store failed".into(), source: Some(Box::new(error)) }
     }
 }

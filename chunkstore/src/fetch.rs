@@ -38,12 +38,7 @@ pub struct Want {
 /// Fetches every blob of `wants`, and calls `deliver` for each with its plaintext, or with the error
 /// that prevents it, and all wishes for it. `deliver` is called from `threads` threads; after it has
 /// answered `false` once, the rest is left out.
-pub fn fetch(
-    repository: &Repository,
-    mut wants: Vec<Want>,
-    threads: usize,
-    deliver: &Deliver<'_>,
-) {
+pub fn fetch(repository: &Repository, mut wants: Vec<Want>, threads: usize, deliver: &Deliver<'_>) {
     wants.sort_unstable_by_key(|want| want.blob.location);
     let tasks = divide(&wants);
     let next = AtomicUsize::new(0);
@@ -101,21 +96,14 @@ struct Reader {
 }
 
 impl Reader {
-    fn run(
-        &mut self,
-        repository: &Repository,
-        task: &[Want],
-        deliver: &Deliver<'_>,
-    ) -> bool {
+    fn run(&mut self, repository: &Repository, task: &[Want], deliver: &Deliver<'_>) -> bool {
         let (store, keys) = (repository.store(), repository.keys());
         let id = task[0].blob.location.pack;
         let pack = match repository.packs(PackClass::Data).get(store, keys, id) {
             Ok(pack) => pack,
             Err(error) => return fail_all(&error, task, deliver),
         };
-        let blobs: Vec<_> = task
-            .chunk_by(|a, b| a.blob.location == b.blob.location)
-            .collect();
+        let blobs: Vec<_> = task.chunk_by(|a, b| a.blob.location == b.blob.location).collect();
         let mut rest = &blobs[..];
         while !rest.is_empty() {
             let len = run_length(&pack, rest);
@@ -146,12 +134,9 @@ impl Reader {
             (Err(error), _) | (_, Err(error)) => return fail_all(&error, &run.concat(), deliver),
         };
         let from = first.offset;
-        self.sealed
-            .resize((last.offset + last.stored_len - from) as usize, 0);
+        self.sealed.resize((last.offset + last.stored_len - from) as usize, 0);
         if let Err(error) =
-            repository
-                .store()
-                .read_at(pack.name(), u64::from(from), &mut self.sealed)
+            repository.store().read_at(pack.name(), u64::from(from), &mut self.sealed)
         {
             return fail_all(&error.into(), &run.concat(), deliver);
         }
@@ -161,13 +146,7 @@ impl Reader {
                 let at = (entry.offset - from) as usize;
                 let sealed = &mut self.sealed[at..at + entry.stored_len as usize];
                 let keys = repository.keys();
-                pack.decode(
-                    keys,
-                    ordinal,
-                    sealed,
-                    &mut self.decompressor,
-                    &mut self.plain,
-                )
+                pack.decode(keys, ordinal, sealed, &mut self.decompressor, &mut self.plain)
             });
             deliver(decoded.map(|()| &self.plain[..]), wants)
         })
@@ -176,10 +155,7 @@ impl Reader {
 
 /// How many of the first of `blobs` are close enough together to be read at once.
 fn run_length(pack: &Pack, blobs: &[&[Want]]) -> usize {
-    let place = |wants: &[Want]| {
-        pack.entry(wants[0].blob.location.ordinal, &wants[0].blob.id)
-            .ok()
-    };
+    let place = |wants: &[Want]| pack.entry(wants[0].blob.location.ordinal, &wants[0].blob.id).ok();
     let Some(first) = place(blobs[0]) else {
         return 1;
     };
@@ -195,11 +171,7 @@ fn run_length(pack: &Pack, blobs: &[&[Want]]) -> usize {
     1 + blobs[1..].iter().take_while(follows).count()
 }
 
-fn fail_all(
-    error: &Error,
-    wants: &[Want],
-    deliver: &Deliver<'_>,
-) -> bool {
+fn fail_all(error: &Error, wants: &[Want], deliver: &Deliver<'_>) -> bool {
     wants
         .chunk_by(|a, b| a.blob.location == b.blob.location)
         .all(|wants| deliver(Err(error.duplicate()), wants))

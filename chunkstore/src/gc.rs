@@ -102,11 +102,7 @@ pub struct PruneSettings {
 
 impl Default for PruneSettings {
     fn default() -> Self {
-        Self {
-            grace: Duration::from_secs(1800),
-            dry_run: false,
-            writer: String::new(),
-        }
+        Self { grace: Duration::from_secs(1800), dry_run: false, writer: String::new() }
     }
 }
 
@@ -163,38 +159,20 @@ pub fn prune(
 ) -> Result<PruneReport> {
     if settings.dry_run {
         let store_now = SystemTime::try_from(now).unwrap_or(SystemTime::UNIX_EPOCH);
-        return Run {
-            repository,
-            settings,
-            now,
-            store_now,
-            progress,
-        }
-        .plan()
-        .map(|begun| begun.report);
+        return Run { repository, settings, now, store_now, progress }
+            .plan()
+            .map(|begun| begun.report);
     }
     let id = SnapshotId::random();
     let name = record::session_name(id);
     let store = repository.store();
     let (purpose, writer) = (PURPOSE.to_owned(), settings.writer.clone());
-    let session = Session {
-        purpose,
-        writer,
-        started: now,
-        heartbeat: 0,
-    };
+    let session = Session { purpose, writer, started: now, heartbeat: 0 };
     let object = record::seal_json(repository.keys(), ObjectKind::Session, &name, &session);
     store.replace(&name, &object)?;
     // What the store says about an object written just now is its time.
     let result = store.stat(&name).map_err(Error::from).and_then(|meta| {
-        Run {
-            repository,
-            settings,
-            now,
-            store_now: meta.modified,
-            progress,
-        }
-        .run()
+        Run { repository, settings, now, store_now: meta.modified, progress }.run()
     });
     // If that fails, the next run finds it silent and removes it.
     let _left_behind = store.delete(&name);
@@ -226,11 +204,7 @@ struct Ready {
 
 impl Run<'_> {
     fn plan(&self) -> Result<Begun> {
-        let Self {
-            repository,
-            settings,
-            ..
-        } = *self;
+        let Self { repository, settings, .. } = *self;
         (self.progress)("looking for packs");
         // The order spares work, it is not needed for safety: a session that ends before the mark
         // counts there, and one that is still announced has its packs recognised as young.
@@ -268,13 +242,7 @@ impl Run<'_> {
         };
         let begun = found.begun.into_iter();
         let generations = begun.map(|begun| (begun.id, begun.tombstones)).collect();
-        Ok(Begun {
-            mark,
-            packs,
-            generations,
-            orphans: found.orphans,
-            report,
-        })
+        Ok(Begun { mark, packs, generations, orphans: found.orphans, report })
     }
 
     fn run(&self) -> Result<PruneReport> {
@@ -302,10 +270,7 @@ impl Run<'_> {
         match record::create_tombstones(store, keys, id, &tombstones)? {
             Created::New => drop(begun.generations.insert(id, tombstones)),
             Created::AlreadyExists => {
-                return Err(Error::corrupt(
-                    record::tombstones_name(id),
-                    "a random name was taken",
-                ));
+                return Err(Error::corrupt(record::tombstones_name(id), "a random name was taken"));
             }
         }
         Ok(())
@@ -326,10 +291,8 @@ impl Run<'_> {
         }
         let mut undecided = BTreeMap::new();
         for (generation, sessions) in waits {
-            let open: Vec<SessionFact> = sessions
-                .iter()
-                .filter_map(|id| pending.get(id).cloned())
-                .collect();
+            let open: Vec<SessionFact> =
+                sessions.iter().filter_map(|id| pending.get(id).cloned()).collect();
             if !open.is_empty() {
                 undecided.insert(generation, open);
             }
@@ -350,9 +313,7 @@ impl Run<'_> {
         }
         let mut sessions = facts::sessions(self.repository, self.store_now)?;
         sessions.retain(|session| session.purpose != PURPOSE && !session.decided);
-        let waits = Waits {
-            sessions: sessions.iter().map(|session| session.id).collect(),
-        };
+        let waits = Waits { sessions: sessions.iter().map(|session| session.id).collect() };
         match record::create_json(store, keys, ObjectKind::Tombstones, &name, &waits)? {
             Created::New => Ok(waits.sessions),
             Created::AlreadyExists => match read() {
@@ -426,12 +387,7 @@ impl Run<'_> {
             {
                 let (packs, bytes) = begun.size_of(tombstones);
                 let sessions = sessions.clone();
-                let waiting = Waiting {
-                    generation: id,
-                    packs,
-                    bytes,
-                    sessions,
-                };
+                let waiting = Waiting { generation: id, packs, bytes, sessions };
                 begun.report.waiting.push(waiting);
                 continue;
             }
@@ -467,10 +423,8 @@ impl Run<'_> {
     /// P7 and P8.
     fn sweep(&self, begun: &mut Begun, ready: &[Ready]) -> Result<()> {
         let store = self.repository.store();
-        let mut doomed: Vec<PackId> = ready
-            .iter()
-            .flat_map(|ready| ready.doomed.data.iter().copied())
-            .collect();
+        let mut doomed: Vec<PackId> =
+            ready.iter().flat_map(|ready| ready.doomed.data.iter().copied()).collect();
         doomed.sort_unstable();
         (self.progress)("cleaning the index");
         let rewritten = segments::rewrite(self.repository, &doomed)?;
@@ -480,13 +434,9 @@ impl Run<'_> {
         report.damaged_segments = rewritten.damaged;
         (self.progress)("deleting packs");
         for Ready { id, doomed } in ready {
-            let classes = [
-                (PackClass::Data, &doomed.data),
-                (PackClass::Meta, &doomed.meta),
-            ];
-            for (class, pack) in classes
-                .iter()
-                .flat_map(|(c, packs)| packs.iter().map(|p| (*c, *p)))
+            let classes = [(PackClass::Data, &doomed.data), (PackClass::Meta, &doomed.meta)];
+            for (class, pack) in
+                classes.iter().flat_map(|(c, packs)| packs.iter().map(|p| (*c, *p)))
             {
                 let size = size_of(&begun.packs, class, pack);
                 store.delete(&class.object_name(pack))?;
@@ -516,11 +466,7 @@ impl Run<'_> {
 
     /// Old marks, writes that never ended, and announcements of garbage collections that have died.
     fn delete_marks(&self, begun: &Begun) -> Result<()> {
-        let Self {
-            repository,
-            store_now,
-            ..
-        } = *self;
+        let Self { repository, store_now, .. } = *self;
         let store = repository.store();
         let verdicts = facts::ages(repository, record::SNAPSHOTS, store_now)?;
         let announced: BTreeSet<_> = repository.list_ids(record::SESSIONS)?.into_iter().collect();
@@ -552,33 +498,22 @@ impl Begun {
     fn size_of(&self, packs: &Tombstones) -> (u64, u64) {
         let data = packs.data.iter().map(|pack| (PackClass::Data, *pack));
         let meta = packs.meta.iter().map(|pack| (PackClass::Meta, *pack));
-        let sizes = data
-            .chain(meta)
-            .filter_map(|(class, id)| size_of(&self.packs, class, id));
+        let sizes = data.chain(meta).filter_map(|(class, id)| size_of(&self.packs, class, id));
         sizes.fold((0, 0), |(packs, bytes), size| (packs + 1, bytes + size))
     }
 }
 
 fn size_of(packs: &[PackFact], class: PackClass, id: PackId) -> Option<u64> {
-    let at = packs
-        .binary_search_by_key(&(class, id), |pack| (pack.class, pack.id))
-        .ok()?;
+    let at = packs.binary_search_by_key(&(class, id), |pack| (pack.class, pack.id)).ok()?;
     packs.get(at).map(|pack| pack.size)
 }
 
 /// Those of `packs` of which no blob is used.
 fn unused(packs: &Tombstones, mark: &Mark) -> Tombstones {
     let of = |class, packs: &[PackId]| {
-        packs
-            .iter()
-            .copied()
-            .filter(|pack| mark.used(class, *pack) == 0)
-            .collect()
+        packs.iter().copied().filter(|pack| mark.used(class, *pack) == 0).collect()
     };
-    Tombstones {
-        data: of(PackClass::Data, &packs.data),
-        meta: of(PackClass::Meta, &packs.meta),
-    }
+    Tombstones { data: of(PackClass::Data, &packs.data), meta: of(PackClass::Meta, &packs.meta) }
 }
 
 impl fmt::Display for Waiting {
@@ -586,12 +521,7 @@ impl fmt::Display for Waiting {
         let noun = if self.packs == 1 { "pack" } else { "packs" };
         let verb = if self.packs == 1 { "waits" } else { "wait" };
         let names: Vec<_> = self.sessions.iter().map(ToString::to_string).collect();
-        write!(
-            f,
-            "{} {noun} ({}) {verb} for ",
-            self.packs,
-            Bytes(self.bytes)
-        )?;
+        write!(f, "{} {noun} ({}) {verb} for ", self.packs, Bytes(self.bytes))?;
         write!(f, "{}; run prune again, or lower --grace", names.join("; "))
     }
 }
@@ -605,25 +535,12 @@ impl fmt::Display for PruneReport {
         for session in &self.fenced {
             writeln!(f, "declared dead: {session}")?;
         }
-        let Self {
-            packs_deleted,
-            packs_rescued,
-            ..
-        } = self;
-        writeln!(
-            f,
-            "deleted {packs_deleted} packs ({})",
-            Bytes(self.bytes_deleted)
-        )?;
+        let Self { packs_deleted, packs_rescued, .. } = self;
+        writeln!(f, "deleted {packs_deleted} packs ({})", Bytes(self.bytes_deleted))?;
         if *packs_rescued > 0 {
-            writeln!(
-                f,
-                "kept {packs_rescued} packs that a backup has come to use meanwhile"
-            )?;
+            writeln!(f, "kept {packs_rescued} packs that a backup has come to use meanwhile")?;
         }
-        self.waiting
-            .iter()
-            .try_for_each(|waiting| writeln!(f, "{waiting}"))?;
+        self.waiting.iter().try_for_each(|waiting| writeln!(f, "{waiting}"))?;
         for damaged in &self.damaged_segments {
             writeln!(f, "{damaged}; run 'repair-index'")?;
         }
@@ -646,10 +563,6 @@ impl fmt::Display for Bytes {
             value /= 1024.0;
             unit = next;
         }
-        if unit == "B" {
-            write!(f, "{value} B")
-        } else {
-            write!(f, "{value:.1} {unit}")
-        }
+        if unit == "B" { write!(f, "{value} B") } else { write!(f, "{value:.1} {unit}") }
     }
 }

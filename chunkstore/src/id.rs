@@ -105,14 +105,7 @@ macro_rules! random_id {
         }
     )* };
 }
-random_id!(
-    PackId,
-    SegmentId,
-    SnapshotId,
-    GenerationId,
-    RepositoryId,
-    SlotId
-);
+random_id!(PackId, SegmentId, SnapshotId, GenerationId, RepositoryId, SlotId);
 
 /// Bytes from the operating system's random number generator.
 pub(crate) fn random_bytes<const N: usize>() -> [u8; N] {

@@ -40,10 +40,7 @@ pub struct OpenReport {
 impl Index {
     /// An index without segments, whose filters may take `filter_bytes`.
     pub fn empty(filter_bytes: usize) -> Self {
-        Self {
-            segments: Vec::new(),
-            filter_bytes_left: filter_bytes,
-        }
+        Self { segments: Vec::new(), filter_bytes_left: filter_bytes }
     }
 
     /// Opens every segment on the store that no other one supersedes.
@@ -69,9 +66,7 @@ impl Index {
                 Err(error) => report.damaged.push((segment::object_name(id), error)),
             }
         }
-        index
-            .segments
-            .retain(|segment| !superseded.contains(&segment.id()));
+        index.segments.retain(|segment| !superseded.contains(&segment.id()));
         // Filters are worth most for small segments: they are many, and each spares one read.
         index.segments.sort_by_key(Segment::len);
         for segment in &mut index.segments {
@@ -90,9 +85,7 @@ impl Index {
     /// counts as not having it.
     pub fn get(&self, store: &dyn ObjectStore, id: &BlobId) -> Option<Location> {
         let mut block = Vec::new();
-        self.segments
-            .iter()
-            .find_map(|segment| segment.get(store, id, &mut block))
+        self.segments.iter().find_map(|segment| segment.get(store, id, &mut block))
     }
 
     /// The segments.

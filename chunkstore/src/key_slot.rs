@@ -58,15 +58,9 @@ pub struct KdfCost {
 impl KdfCost {
     /// 46 MiB and two passes: above OWASP's minimum of 19 MiB with two, and small enough for the
     /// least memory the program accepts.
-    pub const DEFAULT: Self = Self {
-        memory_kib: 46 << 10,
-        passes: 2,
-    };
+    pub const DEFAULT: Self = Self { memory_kib: 46 << 10, passes: 2 };
     /// For tests.
-    pub const WEAK: Self = Self {
-        memory_kib: 64,
-        passes: 1,
-    };
+    pub const WEAK: Self = Self { memory_kib: 64, passes: 1 };
 
     /// A hostile store must not make the program take more memory or time than this.
     fn is_acceptable(self) -> bool {
@@ -159,15 +153,10 @@ pub fn list(store: &dyn ObjectStore) -> Result<Vec<SlotInfo>> {
 pub fn remove(store: &dyn ObjectStore, slot: SlotId) -> Result<()> {
     let slots = read_all(store)?;
     if !slots.iter().any(|other| other.info.slot == slot) {
-        return Err(Error::new(
-            ErrorKind::NotFound,
-            format!("there is no key slot {slot}"),
-        ));
+        return Err(Error::new(ErrorKind::NotFound, format!("there is no key slot {slot}")));
     }
     if slots.len() == 1 {
-        return Err(Error::invalid(
-            "this is the last key: add another one before removing it",
-        ));
+        return Err(Error::invalid("this is the last key: add another one before removing it"));
     }
     Ok(store.delete(&object_name(slot))?)
 }
@@ -190,10 +179,7 @@ pub fn open(store: &dyn ObjectStore, repository: RepositoryId, unlock: &Unlock) 
         Unlock::Passphrase(_) => "password",
         Unlock::KeyFile(_) => "key file",
     };
-    let fitting = slots
-        .iter()
-        .filter(|slot| slot.info.kind == unlock.kind())
-        .count();
+    let fitting = slots.iter().filter(|slot| slot.info.kind == unlock.kind()).count();
     let why = match (slots.len(), fitting) {
         (0, _) => "it has no readable key slot; restore the folder 'keys' from a copy".to_owned(),
         (all, 0) => format!("none of its {all} keys is of that kind"),
@@ -216,10 +202,7 @@ fn try_open(slot: &SlotObject, unlock: &Unlock) -> Option<Vec<Secret>> {
     }
     let mut sealed = unhex(&slot.sealed)?;
     let plain = cipher.open_part(0, b"slot", &mut sealed)?;
-    let epochs = plain
-        .chunks_exact(32)
-        .map(|epoch| epoch.try_into().ok().map(Secret))
-        .collect();
+    let epochs = plain.chunks_exact(32).map(|epoch| epoch.try_into().ok().map(Secret)).collect();
     zeroize::Zeroize::zeroize(plain);
     epochs
 }
@@ -234,9 +217,7 @@ fn stretch(unlock: &Unlock, cost: KdfCost, salt: &[u8]) -> Result<Secret> {
             let argon =
                 argon2::Argon2::new(argon2::Algorithm::Argon2id, argon2::Version::V0x13, params);
             let mut secret = Secret([0; 32]);
-            argon
-                .hash_password_into(passphrase, salt, &mut secret.0)
-                .map_err(invalid)?;
+            argon.hash_password_into(passphrase, salt, &mut secret.0).map_err(invalid)?;
             Ok(secret)
         }
     }
@@ -263,9 +244,7 @@ fn read_all(store: &dyn ObjectStore) -> Result<Vec<SlotObject>> {
 }
 
 fn decode(bytes: &[u8]) -> Option<SlotObject> {
-    serde_json::from_slice(bytes)
-        .ok()
-        .filter(|slot: &SlotObject| slot.version == FORMAT_VERSION)
+    serde_json::from_slice(bytes).ok().filter(|slot: &SlotObject| slot.version == FORMAT_VERSION)
 }
 
 /// What is wrong with the slot stored as `name`, as far as that shows without what opens it.
@@ -278,7 +257,7 @@ pub(crate) fn fault(keys: &Keyring, name: &str, bytes: &[u8]) -> Option<&'static
     if object_name(slot.info.slot) != name {
         Some("it is the slot of another name")
     } else if slot.repository != keys.repository {
-        Some("it belongs to another repository")
+        Some("it is of another repository, perhaps left by an interrupted init: 'key remove' it")
     } else if [len(&slot.salt), len(&slot.commitment)] != [Some(32); 2] {
         Some("its salt or commitment was changed")
     } else if len(&slot.sealed) != Some(sealed) {
@@ -303,12 +282,10 @@ pub fn fuzz_decode(bytes: &[u8]) {
 /// Lower-case hexadecimal digits.
 pub fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write;
-    bytes
-        .iter()
-        .fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
-            write!(text, "{byte:02x}").expect("writing to a string does not fail");
-            text
-        })
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+        write!(text, "{byte:02x}").expect("writing to a string does not fail");
+        text
+    })
 }
 
 /// The bytes that lower- or upper-case hexadecimal digits stand for.
@@ -318,8 +295,5 @@ pub fn unhex(text: &str) -> Option<Vec<u8>> {
     if !digits.len().is_multiple_of(2) {
         return None;
     }
-    digits
-        .chunks_exact(2)
-        .map(|pair| Some(digit(pair[0])? << 4 | digit(pair[1])?))
-        .collect()
+    digits.chunks_exact(2).map(|pair| Some(digit(pair[0])? << 4 | digit(pair[1])?)).collect()
 }

@@ -71,9 +71,7 @@ pub enum BlobKind {
 
 impl BlobKind {
     fn from_byte(byte: u8) -> Option<Self> {
-        [Self::Data, Self::Leaf, Self::Interior]
-            .into_iter()
-            .find(|kind| *kind as u8 == byte)
+        [Self::Data, Self::Leaf, Self::Interior].into_iter().find(|kind| *kind as u8 == byte)
     }
 
     /// The class of packs that hold blobs of this kind.
@@ -128,14 +126,7 @@ impl TableEntry {
 
 fn blob_aad(kind: BlobKind, compression: Compression, plain_len: u32) -> [u8; 6] {
     let len = plain_len.to_le_bytes();
-    [
-        kind as u8,
-        compression as u8,
-        len[0],
-        len[1],
-        len[2],
-        len[3],
-    ]
+    [kind as u8, compression as u8, len[0], len[1], len[2], len[3]]
 }
 
 fn encode_table(entries: &[TableEntry], out: &mut Vec<u8>) {
@@ -218,14 +209,7 @@ impl PackBuilder {
             ObjectCipher::create(keys, class.object_kind(), &class.object_name(id));
         buffer.clear();
         buffer.extend_from_slice(&header.encode());
-        Self {
-            id,
-            class,
-            cipher,
-            header,
-            buffer,
-            entries: Vec::with_capacity(PACK_BLOBS_MAX),
-        }
+        Self { id, class, cipher, header, buffer, entries: Vec::with_capacity(PACK_BLOBS_MAX) }
     }
 
     /// Bytes an object needs beyond its blobs' stored bytes.
@@ -264,40 +248,23 @@ impl PackBuilder {
         self.buffer.extend_from_slice(stored);
         let ordinal = self.entries.len() as u8;
         let aad = blob_aad(kind, compression, plain_len);
-        self.cipher
-            .seal(u32::from(ordinal), &aad, &mut self.buffer, offset);
+        self.cipher.seal(u32::from(ordinal), &aad, &mut self.buffer, offset);
         let stored_len = (self.buffer.len() - offset) as u32;
         let offset = offset as u32;
-        self.entries.push(TableEntry {
-            id,
-            kind,
-            compression,
-            stored_len,
-            plain_len,
-            offset,
-        });
-        Location {
-            pack: self.id,
-            ordinal,
-        }
+        self.entries.push(TableEntry { id, kind, compression, stored_len, plain_len, offset });
+        Location { pack: self.id, ordinal }
     }
 
     /// Appends table and footer.
     pub fn finish(mut self) -> SealedPack {
         let table_at = self.buffer.len();
         encode_table(&self.entries, &mut self.buffer);
-        self.cipher
-            .seal(TABLE_ORDINAL, b"table", &mut self.buffer, table_at);
+        self.cipher.seal(TABLE_ORDINAL, b"table", &mut self.buffer, table_at);
         let table_len = (self.buffer.len() - table_at) as u32;
         self.buffer.extend_from_slice(&self.header.encode());
         self.buffer.extend_from_slice(&table_len.to_le_bytes());
         self.buffer.extend_from_slice(&TAIL_MAGIC);
-        SealedPack {
-            id: self.id,
-            class: self.class,
-            buffer: self.buffer,
-            entries: self.entries,
-        }
+        SealedPack { id: self.id, class: self.class, buffer: self.buffer, entries: self.entries }
     }
 }
 
@@ -340,24 +307,16 @@ impl Pack {
         size: u64,
     ) -> Result<Self> {
         let damaged = |why: &'static str| Error::corrupt(&name, why);
-        let body = tail
-            .len()
-            .checked_sub(FOOTER_BYTES)
-            .ok_or_else(|| damaged("it is too short"))?;
+        let body =
+            tail.len().checked_sub(FOOTER_BYTES).ok_or_else(|| damaged("it is too short"))?;
         let (sealed, footer) = tail.split_at_mut(body);
         let mut decoder = Decoder::new(footer);
         let mut next = || -> DecodeResult<(&[u8], u32, [u8; 8])> {
-            Ok((
-                decoder.take(HEADER_BYTES)?,
-                decoder.u32()?,
-                decoder.array()?,
-            ))
+            Ok((decoder.take(HEADER_BYTES)?, decoder.u32()?, decoder.array()?))
         };
         let (header, table_len, magic) = next().map_err(|error| damaged(error.0))?;
         if magic != TAIL_MAGIC {
-            return Err(damaged(
-                "it does not end like a pack: it was cut off or extended",
-            ));
+            return Err(damaged("it does not end like a pack: it was cut off or extended"));
         }
         let header = Header::decode(&name, header)?;
         let cipher = ObjectCipher::open(keys, class.object_kind(), &name, &header)?;
@@ -373,12 +332,7 @@ impl Pack {
             let why = format!("it has {size} bytes, but its table asks for {expected}");
             return Err(Error::corrupt(&name, why));
         }
-        Ok(Self {
-            id,
-            name,
-            cipher,
-            table,
-        })
+        Ok(Self { id, name, cipher, table })
     }
 
     /// Name of the object.
@@ -396,15 +350,9 @@ impl Pack {
     /// # Errors
     /// `Corrupt` when another blob lies there.
     pub fn entry(&self, ordinal: u8, id: &BlobId) -> Result<&TableEntry> {
-        self.table
-            .get(usize::from(ordinal))
-            .filter(|entry| entry.id == *id)
-            .ok_or_else(|| {
-                Error::corrupt(
-                    &self.name,
-                    format!("blob {} is not at place {ordinal}", id.short()),
-                )
-            })
+        self.table.get(usize::from(ordinal)).filter(|entry| entry.id == *id).ok_or_else(|| {
+            Error::corrupt(&self.name, format!("blob {} is not at place {ordinal}", id.short()))
+        })
     }
 
     /// Opens blob `ordinal`, whose stored bytes are `sealed`, into `plain`, and verifies its id.
@@ -500,10 +448,7 @@ impl PackCache {
 
     /// An empty cache.
     pub fn new(class: PackClass) -> Self {
-        Self {
-            class,
-            packs: std::sync::Mutex::default(),
-        }
+        Self { class, packs: std::sync::Mutex::default() }
     }
 
     /// The table of pack `id`, read if need be.
@@ -512,11 +457,7 @@ impl PackCache {
     /// As [`Pack::open`].
     pub fn get(&self, store: &dyn ObjectStore, keys: &Keyring, id: PackId) -> Result<Arc<Pack>> {
         // The most recently used pack is last. A poisoned cache is only a cache.
-        let lock = || {
-            self.packs
-                .lock()
-                .unwrap_or_else(std::sync::PoisonError::into_inner)
-        };
+        let lock = || self.packs.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         {
             let mut packs = lock();
             if let Some(at) = packs.iter().rposition(|pack| pack.id == id) {
@@ -524,10 +465,7 @@ impl PackCache {
                     let pack = packs.remove(at);
                     packs.push(pack);
                 }
-                return packs
-                    .last()
-                    .cloned()
-                    .ok_or_else(|| Error::new(ErrorKind::Store, "empty"));
+                return packs.last().cloned().ok_or_else(|| Error::new(ErrorKind::Store, "empty"));
             }
         }
         let pack = Arc::new(Pack::open(store, keys, self.class, id)?);

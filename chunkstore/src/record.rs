@@ -150,10 +150,7 @@ pub struct Tombstones {
 impl Tombstones {
     fn encode(&self) -> Vec<u8> {
         let mut out = (self.data.len() as u64).to_le_bytes().to_vec();
-        self.data
-            .iter()
-            .chain(&self.meta)
-            .for_each(|pack| out.extend_from_slice(&pack.0));
+        self.data.iter().chain(&self.meta).for_each(|pack| out.extend_from_slice(&pack.0));
         out
     }
 
@@ -165,10 +162,7 @@ impl Tombstones {
         let count = usize::try_from(u64::from_le_bytes(*count)).ok()?;
         let (data, meta) = packs.split_at_checked(count)?;
         let ids = |packs: &[[u8; 16]]| packs.iter().copied().map(PackId).collect();
-        Some(Self {
-            data: ids(data),
-            meta: ids(meta),
-        })
+        Some(Self { data: ids(data), meta: ids(meta) })
     }
 }
 

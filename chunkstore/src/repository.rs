@@ -72,23 +72,15 @@ impl Repository {
         chunker: ChunkerConfig,
         now: jiff::Timestamp,
     ) -> Result<Self> {
-        let taken = || {
-            Error::invalid(format!(
-                "there is a repository at '{}' already",
-                store.location()
-            ))
-        };
+        let taken =
+            || Error::invalid(format!("there is a repository at '{}' already", store.location()));
         match store.stat(record::CONFIG) {
             Ok(_) => return Err(taken()),
             Err(error) if error.kind() == objects::ErrorKind::NotFound => {}
             Err(error) => return Err(error.into()),
         }
         let keys = Keyring::new(id, vec![Secret::random()])?;
-        let config = Config {
-            created: now,
-            chunker,
-            features: Vec::new(),
-        };
+        let config = Config { created: now, chunker, features: Vec::new() };
         let chunker = Chunker::new(config.chunker, keys.cut())?;
         key_slot::add(&*store, &keys, unlock, cost, "", now)?;
         let object = record::seal_json(&keys, ObjectKind::Config, record::CONFIG, &config);
@@ -121,11 +113,7 @@ impl Repository {
         let header = Header::decode(record::CONFIG, &object).map_err(|error| {
             let kind = error.kind();
             let message = format!("'{}' is not a repository of ebackup", store.location());
-            if kind == ErrorKind::Corrupt {
-                error.context(message)
-            } else {
-                error
-            }
+            if kind == ErrorKind::Corrupt { error.context(message) } else { error }
         })?;
         Ok((RepositoryId(header.salt), object))
     }
@@ -140,10 +128,7 @@ impl Repository {
         let plain = open_record(&keys, ObjectKind::Config, record::CONFIG, object)?;
         let config: Config = serde_json::from_slice(&plain)
             .map_err(|error| Error::corrupt(record::CONFIG, error))?;
-        let unknown = config
-            .features
-            .iter()
-            .find(|name| !FEATURES.contains(&name.as_str()));
+        let unknown = config.features.iter().find(|name| !FEATURES.contains(&name.as_str()));
         if let Some(feature) = unknown {
             let message = format!("the repository needs the feature '{feature}': update ebackup");
             return Err(Error::new(ErrorKind::Unsupported, message));
@@ -238,8 +223,7 @@ impl Repository {
                 Err(error) => return Err(error),
             }
         }
-        list.snapshots
-            .sort_by_key(|(id, snapshot)| (snapshot.started, *id));
+        list.snapshots.sort_by_key(|(id, snapshot)| (snapshot.started, *id));
         Ok(list)
     }
 
@@ -264,13 +248,8 @@ impl Repository {
         let name = record::forgotten_name(id);
         let mark = record::Forgotten { at: now };
         // That it was forgotten already is as good.
-        let (Created::New | Created::AlreadyExists) = record::create_json(
-            &*self.store,
-            &self.keys,
-            ObjectKind::Forgotten,
-            &name,
-            &mark,
-        )?;
+        let (Created::New | Created::AlreadyExists) =
+            record::create_json(&*self.store, &self.keys, ObjectKind::Forgotten, &name, &mark)?;
         Ok(())
     }
 }
@@ -279,13 +258,7 @@ impl NodeSource for Repository {
     fn load_node(&self, node: &NodeRef) -> Result<Vec<u8>> {
         let pack = self.meta_packs.get(&*self.store, &self.keys, node.pack)?;
         let mut scratch = ReadScratch::default();
-        pack.read(
-            &*self.store,
-            &self.keys,
-            node.ordinal,
-            &node.id,
-            &mut scratch,
-        )?;
+        pack.read(&*self.store, &self.keys, node.ordinal, &node.id, &mut scratch)?;
         Ok(scratch.plain)
     }
 }

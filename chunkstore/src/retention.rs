@@ -53,13 +53,7 @@ impl Policy {
             ("hourly", self.keep_hourly, |at| {
                 // The offset tells the two hours apart that a clock set back goes through.
                 let hour = i32::from(at.hour());
-                [
-                    at.year().into(),
-                    at.month().into(),
-                    at.day().into(),
-                    hour,
-                    at.offset().seconds(),
-                ]
+                [at.year().into(), at.month().into(), at.day().into(), hour, at.offset().seconds()]
             }),
             ("daily", self.keep_daily, |at| {
                 [at.year().into(), at.month().into(), at.day().into(), 0, 0]
@@ -68,12 +62,8 @@ impl Policy {
                 let week = at.iso_week_date();
                 [week.year().into(), week.week().into(), 0, 0, 0]
             }),
-            ("monthly", self.keep_monthly, |at| {
-                [at.year().into(), at.month().into(), 0, 0, 0]
-            }),
-            ("yearly", self.keep_yearly, |at| {
-                [at.year().into(), 0, 0, 0, 0]
-            }),
+            ("monthly", self.keep_monthly, |at| [at.year().into(), at.month().into(), 0, 0, 0]),
+            ("yearly", self.keep_yearly, |at| [at.year().into(), 0, 0, 0, 0]),
         ]
     }
 }
@@ -102,18 +92,8 @@ pub struct Decision {
 impl fmt::Display for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let verb = if self.keep { "keep" } else { "forget" };
-        write!(
-            f,
-            "{verb:6} {} {} {}",
-            self.id.short(),
-            self.started,
-            self.lineage
-        )?;
-        if self.keep {
-            write!(f, " ({})", self.reasons.join(", "))
-        } else {
-            Ok(())
-        }
+        write!(f, "{verb:6} {} {} {}", self.id.short(), self.started, self.lineage)?;
+        if self.keep { write!(f, " ({})", self.reasons.join(", ")) } else { Ok(()) }
     }
 }
 
@@ -135,10 +115,7 @@ pub fn plan(
     }
     let mut lineages: BTreeMap<&str, Vec<(Timestamp, SnapshotId)>> = BTreeMap::new();
     for (id, snapshot) in snapshots {
-        lineages
-            .entry(&snapshot.lineage)
-            .or_default()
-            .push((snapshot.started, *id));
+        lineages.entry(&snapshot.lineage).or_default().push((snapshot.started, *id));
     }
     let mut decisions = Vec::with_capacity(snapshots.len());
     for (lineage, mut members) in lineages {
@@ -155,11 +132,7 @@ pub fn plan(
         let odd = || vec!["dated in the future".to_owned()];
         decisions.extend(ahead.iter().map(|member| decide(*member, odd())));
         let reasons = apply(rest, policy, tz)?;
-        decisions.extend(
-            rest.iter()
-                .zip(reasons)
-                .map(|(member, why)| decide(*member, why)),
-        );
+        decisions.extend(rest.iter().zip(reasons).map(|(member, why)| decide(*member, why)));
     }
     Ok(decisions)
 }
@@ -172,11 +145,7 @@ fn apply(
 ) -> Result<Vec<Vec<String>>> {
     let local = |at: &Timestamp| at.to_zoned_datetime(tz.clone());
     let mut reasons = vec![Vec::new(); members.len()];
-    for (at, reasons) in reasons
-        .iter_mut()
-        .take(policy.keep_last as usize)
-        .enumerate()
-    {
+    for (at, reasons) in reasons.iter_mut().take(policy.keep_last as usize).enumerate() {
         reasons.push(format!("last {}", at + 1));
     }
     for (rule, count, period) in policy.rules() {
@@ -217,11 +186,7 @@ mod tests {
     fn snapshot(lineage: &str, started: &str) -> Snapshot {
         let started = started.parse().unwrap();
         Snapshot {
-            root: NodeRef {
-                id: BlobId([0; 32]),
-                pack: PackId([0; 16]),
-                ordinal: 0,
-            },
+            root: NodeRef { id: BlobId([0; 32]), pack: PackId([0; 16]), ordinal: 0 },
             level: 0,
             lineage: lineage.into(),
             host: String::new(),
@@ -238,11 +203,8 @@ mod tests {
     /// The kept ones of snapshots at `times`, by their number.
     fn kept(times: &[&str], policy: &Policy, tz: &TimeZone) -> Vec<u8> {
         let snapshots: Vec<_> = times.iter().map(|time| snapshot("a", time)).collect();
-        let named: Vec<_> = snapshots
-            .iter()
-            .enumerate()
-            .map(|(at, s)| (SnapshotId([at as u8; 16]), s))
-            .collect();
+        let named: Vec<_> =
+            snapshots.iter().enumerate().map(|(at, s)| (SnapshotId([at as u8; 16]), s)).collect();
         let now = "2026-06-01T00:00:00Z".parse().unwrap();
         let plan = plan(&named, policy, now, tz).unwrap();
         assert_eq!(plan.len(), times.len());
@@ -264,87 +226,16 @@ mod tests {
         ];
         let none = Policy::default;
         let table: [(&str, Policy, &[u8]); 10] = [
-            (
-                "last",
-                Policy {
-                    keep_last: 2,
-                    ..none()
-                },
-                &[5, 6],
-            ),
-            (
-                "more than there are",
-                Policy {
-                    keep_last: 99,
-                    ..none()
-                },
-                &[0, 1, 2, 3, 4, 5, 6],
-            ),
-            (
-                "hourly",
-                Policy {
-                    keep_hourly: 3,
-                    ..none()
-                },
-                &[4, 5, 6],
-            ),
-            (
-                "hourly, gaps count not",
-                Policy {
-                    keep_hourly: 4,
-                    ..none()
-                },
-                &[2, 4, 5, 6],
-            ),
-            (
-                "daily",
-                Policy {
-                    keep_daily: 3,
-                    ..none()
-                },
-                &[2, 5, 6],
-            ),
-            (
-                "weekly",
-                Policy {
-                    keep_weekly: 3,
-                    ..none()
-                },
-                &[1, 5, 6],
-            ),
-            (
-                "monthly",
-                Policy {
-                    keep_monthly: 3,
-                    ..none()
-                },
-                &[0, 2, 6],
-            ),
-            (
-                "yearly",
-                Policy {
-                    keep_yearly: 1,
-                    ..none()
-                },
-                &[6],
-            ),
-            (
-                "within",
-                Policy {
-                    keep_within: Some(60.hours()),
-                    ..none()
-                },
-                &[3, 4, 5, 6],
-            ),
-            (
-                "any rule keeps",
-                Policy {
-                    keep_last: 1,
-                    keep_yearly: 2,
-                    ..none()
-                },
-                &[0, 6],
-            ),
+            ("last", Policy { keep_last: 2, ..none() }, &[5, 6]),
+            ("more than there are", Policy { keep_last: 99, ..none() }, &[0, 1, 2, 3, 4, 5, 6]),
+            ("hourly", Policy { keep_hourly: 3, ..none() }, &[4, 5, 6]),
+            ("hourly, gaps count not", Policy { keep_hourly: 4, ..none() }, &[2, 4, 5, 6]),
+            ("daily", Policy { keep_daily: 3, ..none() }, &[2, 5, 6]),
+            ("weekly", Policy { keep_weekly: 3, ..none() }, &[1, 5, 6]),
+            ("monthly", Policy { keep_monthly: 3, ..none() }, &[0, 2, 6]),
+            ("yearly", Policy { keep_yearly: 1, ..none() }, &[6]),
+            ("within", Policy { keep_within: Some(60.hours()), ..none() }, &[3, 4, 5, 6]),
+            ("any rule keeps", Policy { keep_last: 1, keep_yearly: 2, ..none() }, &[0, 6]),
         ];
         for (name, policy, expected) in table {
             assert_eq!(kept(&times, &policy, &TimeZone::UTC), expected, "{name}");
@@ -354,58 +245,31 @@ mod tests {
     #[test]
     fn periods_are_those_of_the_time_zone() {
         let times = ["2025-02-01T22:30:00Z", "2025-02-01T23:30:00Z"];
-        let policy = Policy {
-            keep_daily: 9,
-            ..Policy::default()
-        };
+        let policy = Policy { keep_daily: 9, ..Policy::default() };
         assert_eq!(kept(&times, &policy, &TimeZone::UTC), [1]);
-        assert_eq!(
-            kept(&times, &policy, &TimeZone::fixed(jiff::tz::offset(1))),
-            [0, 1]
-        );
+        assert_eq!(kept(&times, &policy, &TimeZone::fixed(jiff::tz::offset(1))), [0, 1]);
     }
 
     #[test]
     fn within_counts_calendar_units_from_the_newest() {
-        let times = [
-            "2025-02-28T11:59:59Z",
-            "2025-02-28T12:00:00Z",
-            "2025-03-31T12:00:00Z",
-        ];
-        let policy = Policy {
-            keep_within: Some(1.month()),
-            ..Policy::default()
-        };
+        let times = ["2025-02-28T11:59:59Z", "2025-02-28T12:00:00Z", "2025-03-31T12:00:00Z"];
+        let policy = Policy { keep_within: Some(1.month()), ..Policy::default() };
         assert_eq!(kept(&times, &policy, &TimeZone::UTC), [1, 2]);
     }
 
     #[test]
     fn a_snapshot_from_the_future_is_kept_and_counts_for_no_rule() {
-        let times = [
-            "2025-01-01T00:00:00Z",
-            "2025-01-02T00:00:00Z",
-            "2099-01-01T00:00:00Z",
-        ];
-        let policy = Policy {
-            keep_last: 1,
-            ..Policy::default()
-        };
+        let times = ["2025-01-01T00:00:00Z", "2025-01-02T00:00:00Z", "2099-01-01T00:00:00Z"];
+        let policy = Policy { keep_last: 1, ..Policy::default() };
         assert_eq!(kept(&times, &policy, &TimeZone::UTC), [1, 2]);
     }
 
     #[test]
     fn lineages_are_judged_apart_and_reasons_are_told() {
-        let (a, b) = (
-            snapshot("a", "2025-01-01T00:00:00Z"),
-            snapshot("b", "2024-01-01T00:00:00Z"),
-        );
+        let (a, b) = (snapshot("a", "2025-01-01T00:00:00Z"), snapshot("b", "2024-01-01T00:00:00Z"));
         let old = snapshot("a", "2024-06-01T00:00:00Z");
         let id = |n| SnapshotId([n; 16]);
-        let policy = Policy {
-            keep_last: 1,
-            keep_daily: 1,
-            ..Policy::default()
-        };
+        let policy = Policy { keep_last: 1, keep_daily: 1, ..Policy::default() };
         let now = "2026-06-01T00:00:00Z".parse().unwrap();
         let all = [(id(1), &old), (id(2), &a), (id(3), &b)];
         let text: Vec<_> = plan(&all, &policy, now, &TimeZone::UTC)
@@ -426,13 +290,9 @@ mod tests {
     #[test]
     fn a_policy_without_rules_is_refused() {
         let now = Timestamp::UNIX_EPOCH;
-        for policy in [
-            Policy::default(),
-            Policy {
-                keep_within: Some(Span::new()),
-                ..Policy::default()
-            },
-        ] {
+        for policy in
+            [Policy::default(), Policy { keep_within: Some(Span::new()), ..Policy::default() }]
+        {
             assert!(plan(&[], &policy, now, &TimeZone::UTC).is_err());
         }
     }

@@ -50,20 +50,15 @@ impl<'a> Decoder<'a> {
 
     /// The next `len` bytes.
     pub fn take(&mut self, len: usize) -> DecodeResult<&'a [u8]> {
-        let (head, rest) = self
-            .rest
-            .split_at_checked(len)
-            .ok_or(DecodeError("it ends too early"))?;
+        let (head, rest) =
+            self.rest.split_at_checked(len).ok_or(DecodeError("it ends too early"))?;
         self.rest = rest;
         Ok(head)
     }
 
     /// The next `N` bytes.
     pub fn array<const N: usize>(&mut self) -> DecodeResult<[u8; N]> {
-        let (head, rest) = self
-            .rest
-            .split_first_chunk()
-            .ok_or(DecodeError("it ends too early"))?;
+        let (head, rest) = self.rest.split_first_chunk().ok_or(DecodeError("it ends too early"))?;
         self.rest = rest;
         Ok(*head)
     }
@@ -136,11 +131,7 @@ impl<'a> Decoder<'a> {
 
     /// Fails unless everything was read.
     pub fn finish(self) -> DecodeResult<()> {
-        if self.rest.is_empty() {
-            Ok(())
-        } else {
-            Err(DecodeError("bytes are left over"))
-        }
+        if self.rest.is_empty() { Ok(()) } else { Err(DecodeError("bytes are left over")) }
     }
 }
 

@@ -180,19 +180,8 @@ impl Writer {
         let announced = store.stat(&name)?.modified;
         let tombstoned = read_all_tombstones(&repository)?;
         let (base, _) = Index::open(store, keys, settings.filter_bytes / 2)?;
-        let usable = UsablePacks {
-            present: list_packs(&repository)?,
-            tombstoned,
-        };
-        Ok(Self::start(
-            repository,
-            settings,
-            session.clone(),
-            announced,
-            id,
-            base,
-            usable,
-        ))
+        let usable = UsablePacks { present: list_packs(&repository)?, tombstoned };
+        Ok(Self::start(repository, settings, session.clone(), announced, id, base, usable))
     }
 
     fn start(
@@ -211,12 +200,8 @@ impl Writer {
             settings.pack_buffers,
             &uploads,
         );
-        let (meta, meta_buffers) = Packer::new(
-            PackClass::Meta,
-            META_PACK_TARGET_BYTES,
-            META_PACK_BUFFERS,
-            &uploads,
-        );
+        let (meta, meta_buffers) =
+            Packer::new(PackClass::Meta, META_PACK_TARGET_BYTES, META_PACK_BUFFERS, &uploads);
         let own = RwLock::new(Index::empty(settings.filter_bytes / 2));
         let shared = Arc::new(Shared {
             repository,
@@ -244,11 +229,7 @@ impl Writer {
                 let (data, meta) = (data_buffers.clone(), meta_buffers.clone());
                 std::thread::spawn(move || {
                     for pack in sealed {
-                        let back = if pack.class == PackClass::Data {
-                            &data
-                        } else {
-                            &meta
-                        };
+                        let back = if pack.class == PackClass::Data { &data } else { &meta };
                         let buffer = shared.upload(pack);
                         // Nobody waits for buffers once the packers are gone.
                         let _unneeded = back.send(buffer);
@@ -261,12 +242,7 @@ impl Writer {
             let shared = shared.clone();
             std::thread::spawn(move || shared.keep_alive(&stop))
         };
-        Self {
-            shared,
-            uploaders,
-            heartbeat: Some(heartbeat),
-            stop_heartbeat,
-        }
+        Self { shared, uploaders, heartbeat: Some(heartbeat), stop_heartbeat }
     }
 
     /// Name of the session, and of the snapshot it will be.
@@ -342,8 +318,7 @@ impl Writer {
         let closed = self.shared.close_packs();
         for uploader in self.uploaders.drain(..) {
             if uploader.join().is_err() {
-                self.shared
-                    .fail(Error::new(ErrorKind::Store, "an upload panicked"));
+                self.shared.fail(Error::new(ErrorKind::Store, "an upload panicked"));
             }
         }
         closed?;
@@ -356,10 +331,7 @@ impl Writer {
         if let Some(heartbeat) = self.heartbeat.take() {
             // Either it is waiting for this, or it has ended.
             let _sent = self.stop_heartbeat.send_timeout((), Duration::from_secs(1));
-            drop(std::mem::replace(
-                &mut self.stop_heartbeat,
-                crossbeam_channel::bounded(0).0,
-            ));
+            drop(std::mem::replace(&mut self.stop_heartbeat, crossbeam_channel::bounded(0).0));
             let _ended = heartbeat.join();
         }
     }
@@ -406,16 +378,7 @@ impl Packer {
             back.send(Vec::new()).expect("the receiver is held");
         }
         let uploads = Some(uploads.clone());
-        (
-            Self {
-                class,
-                target,
-                open: None,
-                free,
-                uploads,
-            },
-            back,
-        )
+        (Self { class, target, open: None, free, uploads }, back)
     }
 
     /// Adds a blob to the open pack, and closes the pack when it is full.
@@ -449,11 +412,7 @@ impl Packer {
                 let mut buffer = self.free.recv().map_err(|_| shared.failure())?;
                 buffer.clear();
                 buffer.reserve_exact(buffer_bytes);
-                none.insert(PackBuilder::new(
-                    shared.repository.keys(),
-                    self.class,
-                    buffer,
-                ))
+                none.insert(PackBuilder::new(shared.repository.keys(), self.class, buffer))
             }
         };
         let location = pack.push(id, kind, compression, stored, plain.len());
@@ -476,15 +435,8 @@ impl Packer {
         let Some(pack) = self.open.take() else {
             return Ok(());
         };
-        let sent = self
-            .uploads
-            .as_ref()
-            .map(|uploads| uploads.send(pack.finish()));
-        if let Some(Ok(())) = sent {
-            Ok(())
-        } else {
-            Err(shared.failure())
-        }
+        let sent = self.uploads.as_ref().map(|uploads| uploads.send(pack.finish()));
+        if let Some(Ok(())) = sent { Ok(()) } else { Err(shared.failure()) }
     }
 }
 
@@ -519,9 +471,7 @@ impl Shared {
         let store = self.repository.store();
         let own = self.own.read().unwrap_or_else(PoisonError::into_inner);
         own.get(store, id).or_else(|| {
-            self.base
-                .get(store, id)
-                .filter(|location| self.usable.contains(location.pack))
+            self.base.get(store, id).filter(|location| self.usable.contains(location.pack))
         })
     }
 
@@ -531,16 +481,10 @@ impl Shared {
             return pack.buffer;
         }
         let name = pack.class.object_name(pack.id);
-        match self
-            .repository
-            .store()
-            .create(&name, &[IoSlice::new(&pack.buffer)])
-        {
+        match self.repository.store().create(&name, &[IoSlice::new(&pack.buffer)]) {
             Ok(Created::New) => {
                 let bytes = pack.buffer.len() as u64;
-                self.counters
-                    .bytes_stored
-                    .fetch_add(bytes, Ordering::Relaxed);
+                self.counters.bytes_stored.fetch_add(bytes, Ordering::Relaxed);
                 let packs = self.counters.packs.fetch_add(1, Ordering::Relaxed) + 1;
                 if let Err(error) = self.note_durable(&pack, packs) {
                     self.fail(error);
@@ -560,15 +504,10 @@ impl Shared {
         if pack.class == PackClass::Meta {
             return Ok(());
         }
-        let place = |ordinal: usize| Location {
-            pack: pack.id,
-            ordinal: ordinal as u8,
-        };
+        let place = |ordinal: usize| Location { pack: pack.id, ordinal: ordinal as u8 };
         let numbered = || pack.entries.iter().enumerate();
         let receipt = DurablePack {
-            records: numbered()
-                .map(|(at, entry)| Record::new(&entry.id, place(at)))
-                .collect(),
+            records: numbered().map(|(at, entry)| Record::new(&entry.id, place(at))).collect(),
             ids: numbered().map(|(_, entry)| entry.id).collect(),
         };
         let due = {
@@ -651,19 +590,15 @@ impl Shared {
             (Ok(Some(verdict)), _) if verdict == *ours => Ok(()),
             (Ok(Some(_)), _) => Err(fenced()),
             (Ok(None), Some(error)) | (Err(error), _) => Err(error),
-            (Ok(None), None) => Err(Error::corrupt(
-                record::snapshot_name(self.id),
-                "it was there and is gone",
-            )),
+            (Ok(None), None) => {
+                Err(Error::corrupt(record::snapshot_name(self.id), "it was there and is gone"))
+            }
         }
     }
 
     /// Removes the announcement. If that fails, a garbage collection finds the session decided.
     fn end(&self) {
-        let _left_behind = self
-            .repository
-            .store()
-            .delete(&record::session_name(self.id));
+        let _left_behind = self.repository.store().delete(&record::session_name(self.id));
     }
 
     fn keep_alive(&self, stop: &Receiver<()>) {
@@ -701,11 +636,7 @@ impl Shared {
     }
 
     fn check(&self) -> Result<()> {
-        if self.failed.load(Ordering::SeqCst) {
-            Err(self.failure())
-        } else {
-            Ok(())
-        }
+        if self.failed.load(Ordering::SeqCst) { Err(self.failure()) } else { Ok(()) }
     }
 
     fn fail(&self, error: Error) {
@@ -715,9 +646,7 @@ impl Shared {
 
     fn failure(&self) -> Error {
         let failure = lock(&self.failure);
-        failure
-            .as_ref()
-            .map_or_else(Error::cancelled, Error::duplicate)
+        failure.as_ref().map_or_else(Error::cancelled, Error::duplicate)
     }
 }
 

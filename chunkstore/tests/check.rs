@@ -25,7 +25,10 @@ fn run(repository: &Repository, options: &CheckOptions) -> (CheckSummary, Vec<Fi
     let mut findings = Vec::new();
     let summary = check(repository, options, &mut |f| findings.push(f), &|_| {}).unwrap();
     let errors = findings.iter().filter(|f| f.severity == Severity::Error).count();
-    assert_eq!((summary.errors, summary.warnings), (errors as u64, (findings.len() - errors) as u64));
+    assert_eq!(
+        (summary.errors, summary.warnings),
+        (errors as u64, (findings.len() - errors) as u64)
+    );
     (summary, findings)
 }
 
@@ -128,10 +131,19 @@ fn damage_of_every_kind_to_every_kind_of_object_is_reported_and_spares_the_rest(
     };
     assert!(used.len() > 10);
     let folders = [
-        "packs/", "meta/", "index/", "snapshots/", "forgotten/", "sessions/", "tombstones/",
-        "waits/", "doomed/", "keys/",
+        "packs/",
+        "meta/",
+        "index/",
+        "snapshots/",
+        "forgotten/",
+        "sessions/",
+        "tombstones/",
+        "waits/",
+        "doomed/",
+        "keys/",
     ];
-    let mut actions = vec![Action::Delete, Action::Truncate, Action::Empty, Action::Extend, Action::Swap];
+    let mut actions =
+        vec![Action::Delete, Action::Truncate, Action::Empty, Action::Extend, Action::Swap];
     actions.extend([0, 12, 25, 40, 55, 70, 85, 100].map(Action::Flip));
     for folder in folders {
         let mut of_kind = keys(&*base, folder);
@@ -195,7 +207,8 @@ fn damage_to_the_configuration_and_the_only_key_is_reported() {
     ] {
         let store = Arc::new(MemoryStore::new());
         let repository = create(&store);
-        let key = if folder == "config" { "config".into() } else { keys(&*store, folder).remove(0) };
+        let key =
+            if folder == "config" { "config".into() } else { keys(&*store, folder).remove(0) };
         apply(&store, &key, "", action);
         let (summary, findings) = run(&repository, &options());
         assert!(summary.errors > 0, "{action:?} {folder}");

@@ -20,11 +20,7 @@ use objects::testing::{Fault, FaultyStore, MemoryStore, Op, keys};
 const GRACE: Duration = Duration::from_secs(1800);
 
 fn try_prune(repository: &Repository) -> Result<PruneReport> {
-    let settings = PruneSettings {
-        grace: GRACE,
-        writer: "test".into(),
-        ..Default::default()
-    };
+    let settings = PruneSettings { grace: GRACE, writer: "test".into(), ..Default::default() };
     prune(repository, &settings, time(hour(1000)), &|_| {})
 }
 
@@ -45,30 +41,16 @@ fn bytes(store: &MemoryStore) -> u64 {
 
 fn assert_clean(repository: &Repository, context: &str) {
     let mut findings: Vec<Finding> = Vec::new();
-    check(
-        repository,
-        &CheckOptions::default(),
-        &mut |f| findings.push(f),
-        &|_| {},
-    )
-    .unwrap();
+    check(repository, &CheckOptions::default(), &mut |f| findings.push(f), &|_| {}).unwrap();
     assert!(findings.is_empty(), "{context}: {findings:#?}");
 }
 
 /// Nothing is left that no snapshot uses, and no garbage collection is under way.
 fn assert_converged(repository: &Repository, context: &str) {
     let report = run_prune(repository);
-    let report = if report.plan.doomed_bytes() > 0 {
-        run_prune(repository)
-    } else {
-        report
-    };
+    let report = if report.plan.doomed_bytes() > 0 { run_prune(repository) } else { report };
     let plan = &report.plan;
-    assert_eq!(
-        (plan.data.dead_packs, plan.meta.dead_packs),
-        (0, 0),
-        "{context}: {plan}"
-    );
+    assert_eq!((plan.data.dead_packs, plan.meta.dead_packs), (0, 0), "{context}: {plan}");
     for folder in ["tombstones/", "waits/", "doomed/", "sessions/"] {
         assert_eq!(keys(repository.store(), folder), [""; 0], "{context}");
     }
@@ -91,27 +73,15 @@ fn three() -> Three {
     second.extend((0..1200).map(|n| (format!("small{n:05}"), noise(n, 20))));
     let third = files(3, 40, 5000);
     let all = [first, second, third];
-    let ids = all
-        .each_ref()
-        .map(|files| backup(&repository, files).unwrap());
+    let ids = all.each_ref().map(|files| backup(&repository, files).unwrap());
     let expected = ids.into_iter().zip(all).collect();
     store.set_now(hour(24));
-    Three {
-        store,
-        repository,
-        expected,
-        ids,
-    }
+    Three { store, repository, expected, ids }
 }
 
 #[test]
 fn with_no_session_one_run_deletes_everything_unused() {
-    let Three {
-        store,
-        repository,
-        expected,
-        ids,
-    } = three();
+    let Three { store, repository, expected, ids } = three();
     assert_clean(&repository, "before");
     assert_eq!(run_prune(&repository).packs_deleted, 0);
     let before = bytes(&store);
@@ -124,65 +94,37 @@ fn with_no_session_one_run_deletes_everything_unused() {
     assert_converged(&repository, "after");
     // Its data is stored anew, not referred to.
     let again = backup(&repository, &expected[&ids[2]]).unwrap();
-    let expected = expected
-        .into_iter()
-        .chain([(again, files(3, 40, 5000))])
-        .collect();
+    let expected = expected.into_iter().chain([(again, files(3, 40, 5000))]).collect();
     assert_eq!(assert_intact(&repository, &expected, "stored again"), 3);
 }
 
 #[test]
 fn a_dry_run_writes_nothing() {
-    let Three {
-        store,
-        repository,
-        ids,
-        ..
-    } = three();
+    let Three { store, repository, ids, .. } = three();
     repository.forget(ids[2], time(hour(24))).unwrap();
     let before = store.keys();
-    let settings = PruneSettings {
-        dry_run: true,
-        ..Default::default()
-    };
+    let settings = PruneSettings { dry_run: true, ..Default::default() };
     let report = prune(&repository, &settings, time(hour(24)), &|_| {}).unwrap();
     assert!(report.plan.doomed_bytes() > 200_000);
     assert_eq!(store.keys(), before);
     assert!(report.to_string().contains("dry run"));
-    assert!(
-        serde_json::to_string(&report)
-            .unwrap()
-            .contains("doomed_packs")
-    );
+    assert!(serde_json::to_string(&report).unwrap().contains("doomed_packs"));
 }
 
 #[test]
 fn statistics_tell_used_partly_used_and_dead_packs() {
-    let Three {
-        repository, ids, ..
-    } = three();
+    let Three { repository, ids, .. } = three();
     repository.forget(ids[0], time(hour(24))).unwrap();
     repository.forget(ids[2], time(hour(24))).unwrap();
     let stats = chunkstore::gc::stats(&repository, &|_| {}).unwrap();
-    assert_eq!(
-        (stats.snapshots, stats.data.used_blobs, stats.data.blobs),
-        (1, 20, 30 + 120)
-    );
-    assert!(
-        stats.data.dead_packs > 0 && stats.data.whole_packs > 0,
-        "{stats}"
-    );
+    assert_eq!((stats.snapshots, stats.data.used_blobs, stats.data.blobs), (1, 20, 30 + 120));
+    assert!(stats.data.dead_packs > 0 && stats.data.whole_packs > 0, "{stats}");
     assert_eq!(stats.data.used_plain_bytes, 20 * 1500);
 }
 
 #[test]
 fn a_silent_session_holds_up_deletion_until_the_grace_is_over_and_then_cannot_commit() {
-    let Three {
-        store,
-        repository,
-        expected,
-        ids,
-    } = three();
+    let Three { store, repository, expected, ids } = three();
     let writer = begin(&repository).unwrap();
     let snapshot = fill(&writer, &repository, &files(9, 5, 1500)).unwrap();
     repository.forget(ids[2], time(hour(24))).unwrap();
@@ -195,11 +137,7 @@ fn a_silent_session_holds_up_deletion_until_the_grace_is_over_and_then_cannot_co
     );
     store.set_now(hour(25));
     let report = run_prune(&repository);
-    assert_eq!(
-        (report.fenced.len(), report.waiting.len()),
-        (1, 0),
-        "{report}"
-    );
+    assert_eq!((report.fenced.len(), report.waiting.len()), (1, 0), "{report}");
     assert!(report.packs_deleted > 0);
     let error = writer.commit(|_| snapshot).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Fenced, "{error}");
@@ -216,12 +154,7 @@ fn a_silent_session_holds_up_deletion_until_the_grace_is_over_and_then_cannot_co
 
 #[test]
 fn a_session_that_gives_signs_of_life_is_waited_for() {
-    let Three {
-        store,
-        repository,
-        mut expected,
-        ids,
-    } = three();
+    let Three { store, repository, mut expected, ids } = three();
     let writer = begin(&repository).unwrap();
     let added = files(9, 5, 1500);
     let snapshot = fill(&writer, &repository, &added).unwrap();
@@ -234,42 +167,26 @@ fn a_session_that_gives_signs_of_life_is_waited_for() {
         let body = objects::ObjectStore::read(&*store, &name, 1 << 20).unwrap();
         objects::ObjectStore::replace(&*store, &name, &body).unwrap();
         let report = run_prune(&repository);
-        assert_eq!(
-            (report.fenced.len(), report.waiting.len()),
-            (0, 1),
-            "{report}"
-        );
+        assert_eq!((report.fenced.len(), report.waiting.len()), (0, 1), "{report}");
         // A later session does not hold up what was tombstoned before it.
         drop(begin(&repository).unwrap());
     }
     expected.insert(writer.commit(|_| snapshot).unwrap(), added);
     let report = run_prune(&repository);
-    assert!(
-        report.packs_deleted > 0 && report.waiting.is_empty(),
-        "{report}"
-    );
+    assert!(report.packs_deleted > 0 && report.waiting.is_empty(), "{report}");
     assert_eq!(assert_intact(&repository, &expected, "after"), 3);
 }
 
 #[test]
 fn a_commit_between_tombstone_and_deletion_rescues_what_it_uses() {
-    let Three {
-        store,
-        repository,
-        mut expected,
-        ids,
-    } = three();
+    let Three { store, repository, mut expected, ids } = three();
     let writer = begin(&repository).unwrap();
     let reused = files(3, 40, 5000).into_iter().take(20).collect();
     let snapshot = fill(&writer, &repository, &reused).unwrap();
     assert_eq!(writer.counters().blobs_new.load(Ordering::Relaxed), 0);
     repository.forget(ids[2], time(hour(24))).unwrap();
     let report = run_prune(&repository);
-    assert_eq!(
-        (report.packs_deleted, report.waiting.len()),
-        (0, 1),
-        "{report}"
-    );
+    assert_eq!((report.packs_deleted, report.waiting.len()), (0, 1), "{report}");
 
     // A session that comes after the tombstones stores the data anew.
     let late = begin(&repository).unwrap();
@@ -279,10 +196,7 @@ fn a_commit_between_tombstone_and_deletion_rescues_what_it_uses() {
 
     expected.insert(writer.commit(|_| snapshot).unwrap(), reused);
     let report = run_prune(&repository);
-    assert!(
-        report.packs_rescued > 0 && report.packs_deleted > 0,
-        "{report}"
-    );
+    assert!(report.packs_rescued > 0 && report.packs_deleted > 0, "{report}");
     assert_eq!(assert_intact(&repository, &expected, "after"), 4);
     store.set_now(hour(48));
     assert_converged(&repository, "after");
@@ -291,27 +205,16 @@ fn a_commit_between_tombstone_and_deletion_rescues_what_it_uses() {
 #[test]
 fn nothing_is_deleted_when_not_everything_can_be_marked() {
     for folder in ["snapshots/", "meta/"] {
-        let Three {
-            store,
-            repository,
-            ids,
-            ..
-        } = three();
+        let Three { store, repository, ids, .. } = three();
         repository.forget(ids[2], time(hour(24))).unwrap();
         let damaged: Vec<_> = match folder {
             "snapshots/" => vec![format!("snapshots/{}", ids[1])],
             _ => keys(&*store, folder),
         };
-        damaged
-            .iter()
-            .for_each(|key| store.damage(key, |body| body[70] ^= 1));
+        damaged.iter().for_each(|key| store.damage(key, |body| body[70] ^= 1));
         let before = store.keys();
         let repository = open(store.clone());
-        assert_eq!(
-            try_prune(&repository).unwrap_err().kind(),
-            ErrorKind::Corrupt,
-            "{folder}"
-        );
+        assert_eq!(try_prune(&repository).unwrap_err().kind(), ErrorKind::Corrupt, "{folder}");
         assert_eq!(store.keys(), before, "{folder}");
         if folder == "snapshots/" {
             // Forgetting it is how the user says that it is lost.
@@ -323,12 +226,7 @@ fn nothing_is_deleted_when_not_everything_can_be_marked() {
 
 /// A state in which a prune has something to do in each of its steps.
 fn busy() -> (MemoryStore, Expected) {
-    let Three {
-        store,
-        repository,
-        mut expected,
-        ids,
-    } = three();
+    let Three { store, repository, mut expected, ids } = three();
     let writer = begin(&repository).unwrap();
     let reused: Files = files(3, 40, 5000).into_iter().take(20).collect();
     let snapshot = fill(&writer, &repository, &reused).unwrap();
@@ -355,20 +253,15 @@ fn is_change(op: Op) -> bool {
 #[test]
 fn a_prune_that_crashes_anywhere_can_be_done_over() {
     let (base, expected) = busy();
-    for fault in [
-        Fault::FailBefore(objects::ErrorKind::Io),
-        Fault::FailAfter(objects::ErrorKind::Io),
-    ] {
+    for fault in
+        [Fault::FailBefore(objects::ErrorKind::Io), Fault::FailAfter(objects::ErrorKind::Io)]
+    {
         let mut survived = 0;
         for crash_at in 0.. {
             let store = Arc::new(base.fork());
             let changes = AtomicU64::new(0);
             let faulty = FaultyStore::new(store.clone(), move |op, _: &str, _| {
-                let n = if is_change(op) {
-                    changes.fetch_add(1, Ordering::SeqCst)
-                } else {
-                    0
-                };
+                let n = if is_change(op) { changes.fetch_add(1, Ordering::SeqCst) } else { 0 };
                 match n.cmp(&crash_at) {
                     _ if !is_change(op) => Fault::None,
                     std::cmp::Ordering::Less => Fault::None,
@@ -379,19 +272,11 @@ fn a_prune_that_crashes_anywhere_can_be_done_over() {
             let result = try_prune(&open(Arc::new(faulty)));
             let context = format!("{fault:?} at change {crash_at}");
             let repository = open(store.clone());
-            assert_eq!(
-                assert_intact(&repository, &expected, &context),
-                12,
-                "{context}"
-            );
+            assert_eq!(assert_intact(&repository, &expected, &context), 12, "{context}");
             // What it announced falls silent.
             store.set_now(hour(40));
             assert_converged(&repository, &context);
-            assert_eq!(
-                assert_intact(&repository, &expected, &context),
-                12,
-                "{context}"
-            );
+            assert_eq!(assert_intact(&repository, &expected, &context), 12, "{context}");
             if result.is_ok() {
                 survived += 1;
                 // The last change, removing the announcement, may fail.
@@ -471,11 +356,7 @@ fn a_backup_that_comes_in_between_is_whole() {
         Arc::new(|repository, expected| {
             // Everything that is dead, rescued or in use.
             let mut all = files(3, 40, 5000);
-            all.extend(
-                files(30, 20, 1500)
-                    .into_iter()
-                    .map(|(name, bytes)| (name + "x", bytes)),
-            );
+            all.extend(files(30, 20, 1500).into_iter().map(|(name, bytes)| (name + "x", bytes)));
             expected.insert(backup(repository, &all).unwrap(), all);
         }),
     );
@@ -494,12 +375,7 @@ fn a_slow_prune_does_not_doom_what_a_fast_one_has_spared() {
             run_prune(repository);
             let reused: Files = files(3, 40, 5000).into_iter().take(20).collect();
             let list = repository.list_snapshots().unwrap();
-            let old = list
-                .snapshots
-                .iter()
-                .find(|(id, _)| expected[id] == reused)
-                .unwrap()
-                .0;
+            let old = list.snapshots.iter().find(|(id, _)| expected[id] == reused).unwrap().0;
             repository.forget(old, now(repository.store())).unwrap();
             expected.insert(backup(repository, &reused).unwrap(), reused);
         }),
@@ -508,12 +384,7 @@ fn a_slow_prune_does_not_doom_what_a_fast_one_has_spared() {
 
 #[test]
 fn a_fence_and_a_commit_exclude_each_other() {
-    let Three {
-        store,
-        repository,
-        expected,
-        ids,
-    } = three();
+    let Three { store, repository, expected, ids } = three();
     repository.forget(ids[2], time(hour(24))).unwrap();
     let base = store.fork();
     // The session commits before each call of a prune that holds it for dead.

@@ -102,20 +102,11 @@ pub fn backup(
         let parent = newest(repository, &request.lineage)?;
         let id = parent.as_ref().map(|(id, _)| *id);
         let summary = scan::dry_run(repository, request, root, parent, monitor)?;
-        return Ok(Outcome {
-            id: None,
-            parent: id,
-            summary,
-        });
+        return Ok(Outcome { id: None, parent: id, summary });
     }
     let session = Session {
         purpose: "backup".to_owned(),
-        writer: format!(
-            "{} process {}: {}",
-            request.host,
-            std::process::id(),
-            request.lineage
-        ),
+        writer: format!("{} process {}: {}", request.host, std::process::id(), request.lineage),
         started: request.now,
         heartbeat: 0,
     };
@@ -135,9 +126,7 @@ pub fn backup(
         }
     };
     let counters = writer.counters();
-    summary.blobs_new = counters
-        .blobs_new
-        .load(std::sync::atomic::Ordering::Relaxed);
+    summary.blobs_new = counters.blobs_new.load(std::sync::atomic::Ordering::Relaxed);
     let mut snapshot = Snapshot {
         root,
         level,
@@ -157,11 +146,7 @@ pub fn backup(
         summary = snapshot.summary;
         snapshot
     })?;
-    Ok(Outcome {
-        id: Some(id),
-        parent: parent_id,
-        summary,
-    })
+    Ok(Outcome { id: Some(id), parent: parent_id, summary })
 }
 
 fn open_source(path: &Path) -> Result<Dir> {
@@ -172,18 +157,11 @@ fn open_source(path: &Path) -> Result<Dir> {
             _ => ErrorKind::Invalid,
         };
         let path = path.display();
-        Error::new(
-            kind,
-            format!("cannot open the folder '{path}' to save: {error}"),
-        )
+        Error::new(kind, format!("cannot open the folder '{path}' to save: {error}"))
     })
 }
 
 fn newest(repository: &Repository, lineage: &str) -> Result<Option<(SnapshotId, Snapshot)>> {
     let list = repository.list_snapshots()?;
-    Ok(list
-        .snapshots
-        .into_iter()
-        .rev()
-        .find(|(_, snapshot)| snapshot.lineage == lineage))
+    Ok(list.snapshots.into_iter().rev().find(|(_, snapshot)| snapshot.lineage == lineage))
 }

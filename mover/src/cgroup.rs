@@ -61,14 +61,8 @@ mod tests {
     fn folders_of_both_hierarchies_are_found() {
         let own = "5:cpu,cpuacct:/x\n4:memory:/pod/a\n0::/pod/a\n";
         let folders = group_folders(own, Path::new("/cg"));
-        let expected = [
-            "/cg/memory/pod/a",
-            "/cg/memory/pod",
-            "/cg/memory",
-            "/cg/pod/a",
-            "/cg/pod",
-            "/cg",
-        ];
+        let expected =
+            ["/cg/memory/pod/a", "/cg/memory/pod", "/cg/memory", "/cg/pod/a", "/cg/pod", "/cg"];
         assert_eq!(folders, expected.map(PathBuf::from));
     }
 

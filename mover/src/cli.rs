@@ -90,10 +90,7 @@ fn now() -> jiff::Timestamp {
 
 /// What to do about an error, where that is not said by the error itself.
 fn advice(error: &anyhow::Error) -> Option<&'static str> {
-    let kind = error
-        .chain()
-        .find_map(|cause| cause.downcast_ref::<Error>())
-        .map(Error::kind)?;
+    let kind = error.chain().find_map(|cause| cause.downcast_ref::<Error>()).map(Error::kind)?;
     match kind {
         ErrorKind::Corrupt => Some("run 'ebackup check' to learn what is damaged"),
         ErrorKind::Full => {

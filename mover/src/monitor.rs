@@ -33,10 +33,7 @@ pub fn display_path(path: &[u8]) -> String {
                 _ => text.push(char),
             }
         }
-        chunk
-            .invalid()
-            .iter()
-            .for_each(|byte| text.push_str(&format!("\\x{byte:02x}")));
+        chunk.invalid().iter().for_each(|byte| text.push_str(&format!("\\x{byte:02x}")));
     }
     text
 }

@@ -182,15 +182,9 @@ pub fn restore(request: &Request<'_>) -> Result<RestoreSummary> {
         planner.remove_unfinished();
     }
     if !dry_run {
-        let removed = shared
-            .folders
-            .root()
-            .and_then(|root| shared.links.remove(&root));
+        let removed = shared.folders.root().and_then(|root| shared.links.remove(&root));
         if let Err(error) = removed {
-            shared.warn(
-                &[],
-                format!("the folder of hard links cannot be removed: {error}"),
-            );
+            shared.warn(&[], format!("the folder of hard links cannot be removed: {error}"));
         }
     }
     done?;
@@ -203,10 +197,7 @@ pub fn restore(request: &Request<'_>) -> Result<RestoreSummary> {
 
 fn open_target(path: &Path, dry_run: bool) -> Result<(Option<Dir>, bool)> {
     let fail = |error: io::Error| {
-        let message = format!(
-            "cannot open the folder '{}' to restore to: {error}",
-            path.display()
-        );
+        let message = format!("cannot open the folder '{}' to restore to: {error}", path.display());
         Error::new(error_kind(&error), message)
     };
     match Dir::open_root(path) {
@@ -288,11 +279,7 @@ impl Shared<'_> {
     /// Reports a file or folder that could not be restored.
     fn fail(&self, path: &[u8], message: impl Into<String>) {
         count(&self.counters.files_failed, 1);
-        self.monitor.warning(Warning {
-            path: path.into(),
-            message: message.into(),
-            missing: true,
-        });
+        self.monitor.warning(Warning { path: path.into(), message: message.into(), missing: true });
     }
 
     /// As [`fail`](Self::fail), for a failed call: one that no other file would survive ends everything.
@@ -300,15 +287,9 @@ impl Shared<'_> {
         self.fail(path, format!("{what}: {error}"));
         let errno = Errno::from_io_error(error);
         if matches!(errno, Some(Errno::NOSPC | Errno::DQUOT | Errno::ROFS)) {
-            let kind = if errno == Some(Errno::ROFS) {
-                ErrorKind::Invalid
-            } else {
-                ErrorKind::Full
-            };
-            let message = format!(
-                "the target takes no more at '{}': {error}",
-                display_path(path)
-            );
+            let kind =
+                if errno == Some(Errno::ROFS) { ErrorKind::Invalid } else { ErrorKind::Full };
+            let message = format!("the target takes no more at '{}': {error}", display_path(path));
             self.stop(Error::new(kind, message));
         }
     }
@@ -336,21 +317,13 @@ impl Shared<'_> {
         if !self.is_stopped() {
             return Ok(());
         }
-        Err(lock(&self.fatal)
-            .as_ref()
-            .map_or_else(Error::cancelled, Error::duplicate))
+        Err(lock(&self.fatal).as_ref().map_or_else(Error::cancelled, Error::duplicate))
     }
 
     fn sync(&self) -> Result<()> {
-        let synced = self
-            .folders
-            .root()
-            .and_then(|root| Ok(rustix::fs::syncfs(&root)?));
+        let synced = self.folders.root().and_then(|root| Ok(rustix::fs::syncfs(&root)?));
         synced.map_err(|error| {
-            Error::new(
-                error_kind(&error),
-                format!("the target cannot be made durable: {error}"),
-            )
+            Error::new(error_kind(&error), format!("the target cannot be made durable: {error}"))
         })
     }
 

@@ -23,9 +23,10 @@ use chunkstore::pack::PackClass;
 use chunkstore::repository::Repository;
 use common::images::{Dying, copy, files};
 use common::scan::{Tree, assert_same, scan};
-use common::sources::Source;
+use common::sources::{Source, set_mtime};
 use common::*;
 use mover::backup::{Request, Resources};
+use objects::ObjectStore;
 use objects::local::LocalStore;
 use objects::testing::keys;
 use tempfile::TempDir;
@@ -36,10 +37,7 @@ type Expected = BTreeMap<SnapshotId, Tree>;
 /// A backup that fills many small packs.
 fn small_packs(source: &Path) -> Request<'static> {
     Request {
-        resources: Resources {
-            pack_target_bytes: 64 << 10,
-            ..request(source).resources
-        },
+        resources: Resources { pack_target_bytes: 64 << 10, ..request(source).resources },
         ..request(source)
     }
 }
@@ -65,21 +63,24 @@ fn second_source(dir: &Path) {
     fs::remove_file(source.path("d/tiny")).unwrap();
 }
 
+/// Makes announced sessions look as if they had given no sign of life for longer than the grace.
+fn age_sessions(repository: &Path) {
+    let folder = repository.join("sessions");
+    if folder.exists() {
+        let long_ago = jiff::Timestamp::now().as_second() - 7200;
+        for session in files(&folder) {
+            set_mtime(&session, long_ago, 0);
+        }
+    }
+}
+
 fn try_prune(repository: &Repository) -> chunkstore::Result<PruneReport> {
-    let settings = PruneSettings {
-        grace: Duration::ZERO,
-        ..PruneSettings::default()
-    };
-    prune(repository, &settings, jiff::Timestamp::now(), &|_| {})
+    prune(repository, &PruneSettings::default(), jiff::Timestamp::now(), &|_| {})
 }
 
 /// Every error that a check of everything finds, a line each.
 fn errors(repository: &Repository) -> Vec<String> {
-    let options = CheckOptions {
-        read_data: ReadData::All,
-        threads: 1,
-        unlock: Some(unlock()),
-    };
+    let options = CheckOptions { read_data: ReadData::All, threads: 1, unlock: Some(unlock()) };
     let mut errors = Vec::new();
     let mut note = |finding: chunkstore::check::Finding| {
         if finding.severity == Severity::Error {
@@ -134,12 +135,11 @@ impl Left<'_> {
         for (id, _) in repository.list_snapshots().unwrap().snapshots {
             repository.forget(id, jiff::Timestamp::now()).unwrap();
         }
-        // A session counts as dead when it is older than the grace, which is a tick of the clock here.
-        std::thread::sleep(Duration::from_millis(10));
+        age_sessions(self.path);
         let report = try_prune(&repository).unwrap();
         assert_eq!(report.waiting.len(), 0, "{what}: {report}");
         for folder in [PackClass::Data, PackClass::Meta].map(PackClass::folder) {
-            assert_eq!(keys(&*store, folder), [""; 0], "{what}: not reclaimed");
+            assert_eq!(keys(&*store, folder), [""; 0], "{what}: not reclaimed:\n{report}");
         }
         for folder in ["sessions/", "tombstones/", "waits/", "doomed/", "index/"] {
             assert_eq!(keys(&*store, folder), [""; 0], "{what}: left behind");
@@ -189,7 +189,9 @@ fn a_repository_is_made_whole_or_can_be_made_again() {
             Err(error) => {
                 assert_eq!(error.kind(), chunkstore::ErrorKind::NotFound, "{what}");
                 let repository = create(local(path)).unwrap();
-                assert_eq!(errors(&repository), [""; 0], "{what}");
+                // All that may be left is a key slot, which opens nothing.
+                let errors = errors(&repository);
+                assert!(errors.iter().all(|line| line.starts_with("keys/")), "{errors:?}");
             }
         }
     });
@@ -208,14 +210,8 @@ fn a_first_backup_cut_anywhere_leaves_nothing_or_all() {
     };
     let none = Expected::new();
     let steps = for_every_crash(base.path(), &backup, &|path, what| {
-        let left = Left {
-            path,
-            expected: &none,
-            optional: &none,
-            source: source.path(),
-            now: &now,
-            what,
-        };
+        let left =
+            Left { path, expected: &none, optional: &none, source: source.path(), now: &now, what };
         left.recovers();
     });
     assert!(steps > 80, "{steps} steps");
@@ -238,12 +234,7 @@ impl Saved {
         let expected = Expected::from([(first.id.unwrap(), scan(source.path()))]);
         second_source(source.path());
         let now = scan(source.path());
-        Self {
-            base,
-            source,
-            expected,
-            now,
-        }
+        Self { base, source, expected, now }
     }
 
     /// With a second snapshot. Gives the first, which is no longer expected, and its tree.
@@ -289,9 +280,8 @@ fn an_incremental_backup_cut_anywhere_leaves_the_old_snapshot_and_perhaps_the_ne
 fn forgetting_cut_anywhere_leaves_the_snapshot_or_not() {
     let (saved, first) = Saved::twice();
     let id = *first.keys().next().unwrap();
-    let steps = saved.for_every_crash(&first, &|store| {
-        open(store)?.forget(id, jiff::Timestamp::now())
-    });
+    let steps =
+        saved.for_every_crash(&first, &|store| open(store)?.forget(id, jiff::Timestamp::now()));
     assert!(steps > 5, "{steps} steps");
 }
 
@@ -303,22 +293,20 @@ fn a_prune_cut_anywhere_harms_no_snapshot_and_is_finished_by_the_next() {
         repository.forget(*id, jiff::Timestamp::now()).unwrap();
     }
     // And what a backup that died has left.
-    let dying = Dying::new(saved.base.path(), 50);
+    let dying = Dying::new(saved.base.path(), 22);
     let log = Log::default();
     let other = memory_dir();
     Source(other.path()).file("unsaved", noise(40, 300_000));
     Source(other.path()).file("unsaved2", noise(41, 300_000));
-    let lost = Request {
-        lineage: "another".into(),
-        ..small_packs(other.path())
-    };
+    let lost = Request { lineage: "another".into(), ..small_packs(other.path()) };
     run(&open(dying.store()).unwrap(), &lost, &log).unwrap_err();
     assert!(files(saved.base.path()).len() > 15);
-    std::thread::sleep(Duration::from_millis(10));
     let steps = saved.for_every_crash(&Expected::new(), &|store| {
-        let report = try_prune(&*open(store)?)?;
-        assert!(report.packs_deleted >= 5, "{report}");
-        assert_eq!(report.fenced.len(), 1);
+        age_sessions(Path::new(&store.location()));
+        let repository = open(store)?;
+        let report = try_prune(&repository)?;
+        assert_eq!(report.fenced.len(), 1, "{report}");
+        assert!(report.packs_deleted >= 6, "{report}");
         Ok(())
     });
     assert!(steps > 60, "{steps} steps");

@@ -136,12 +136,7 @@ impl Run {
 
     #[track_caller]
     fn ends_with(self, code: i32) -> Self {
-        let Self {
-            what,
-            stdout,
-            stderr,
-            ..
-        } = &self;
+        let Self { what, stdout, stderr, .. } = &self;
         assert_eq!(self.code, Some(code), "{what}:\n{stdout}\n{stderr}");
         self
     }
@@ -552,7 +547,8 @@ fn files_written_to_all_the_time_never_break_a_backup() {
                     file.set_len(size).unwrap();
                     file.write_all_at(&n.to_le_bytes(), size / 2).unwrap();
                 }
-                let mut log = fs::File::options().append(true).open(source.path("appended")).unwrap();
+                let mut log =
+                    fs::File::options().append(true).open(source.path("appended")).unwrap();
                 log.write_all(b"another line\n").unwrap();
             }
         });

@@ -1,6 +1,8 @@
 //! Saving from and restoring to a real FUSE file system, whose inode numbers and change times are not
 //! trusted.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
 mod common;
 
 use std::fs;
@@ -77,7 +79,8 @@ fn a_tree_on_fuse_comes_back_and_is_not_read_again() {
     assert_eq!(again.summary.bytes_read, 0);
     // A change of content that keeps the size, and moves the modification time.
     fs::write(mount.path().join("a/small"), "SMALL").unwrap();
-    let changed = save_as(&repo.repository, &lineage_of(&request(mount.path()), &first_path(&repo)));
+    let changed =
+        save_as(&repo.repository, &lineage_of(&request(mount.path()), &first_path(&repo)));
     assert_eq!(changed.summary.files_changed, 1, "{:?}", changed.summary);
     let target = memory_dir();
     restore_into(&repo.repository, changed.id.unwrap(), target.path());

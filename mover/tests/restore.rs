@@ -50,26 +50,18 @@ struct Object {
 struct Model(BTreeMap<Vec<u8>, Object>);
 
 fn key_of(path: &[u8]) -> Vec<u8> {
-    path.iter()
-        .map(|byte| if *byte == b'/' { 0 } else { *byte })
-        .collect()
+    path.iter().map(|byte| if *byte == b'/' { 0 } else { *byte }).collect()
 }
 
 fn node(kind: Kind, mode: u32) -> Node {
-    let (uid, gid) = (
-        rustix::process::geteuid().as_raw(),
-        rustix::process::getegid().as_raw(),
-    );
+    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     Node {
         kind,
         mode,
         uid,
         gid,
         size: 0,
-        mtime: Timestamp {
-            seconds: 1_600_000_000,
-            nanos: 123_456_789,
-        },
+        mtime: Timestamp { seconds: 1_600_000_000, nanos: 123_456_789 },
         ctime: Timestamp::default(),
         ino: 1,
         fs: 0,
@@ -88,11 +80,7 @@ impl Model {
     }
 
     fn add(&mut self, path: &str, node: Node) -> &mut Object {
-        let object = Object {
-            node,
-            data: Vec::new(),
-            layout: Layout::Inline,
-        };
+        let object = Object { node, data: Vec::new(), layout: Layout::Inline };
         let key = key_of(path.as_bytes());
         self.0.insert(key.clone(), object);
         self.0.get_mut(&key).unwrap()
@@ -113,13 +101,7 @@ impl Model {
         data: Vec<(u64, Vec<u8>)>,
         layout: Layout,
     ) -> &mut Object {
-        let object = self.add(
-            path,
-            Node {
-                size,
-                ..node(Kind::File, 0o644)
-            },
-        );
+        let object = self.add(path, Node { size, ..node(Kind::File, 0o644) });
         (object.data, object.layout) = (data, layout);
         object
     }
@@ -127,14 +109,7 @@ impl Model {
     fn symlink(&mut self, path: &str, to: &str) -> &mut Object {
         let content = Content::Inline(to.into());
         let size = to.len() as u64;
-        self.add(
-            path,
-            Node {
-                content,
-                size,
-                ..node(Kind::Symlink, 0o777)
-            },
-        )
+        self.add(path, Node { content, size, ..node(Kind::Symlink, 0o777) })
     }
 }
 
@@ -150,20 +125,11 @@ impl Repo {
         let (cost, now) = (KdfCost::WEAK, jiff::Timestamp::UNIX_EPOCH);
         let repository =
             Repository::create(store.clone(), &unlock, cost, ChunkerConfig::default(), now);
-        Self {
-            store,
-            repository: Arc::new(repository.unwrap()),
-        }
+        Self { store, repository: Arc::new(repository.unwrap()) }
     }
 
     fn write(&self, model: &Model) -> (NodeRef, u8) {
-        write(
-            &self.repository,
-            model
-                .0
-                .iter()
-                .map(|(key, object)| (key.clone(), object.clone())),
-        )
+        write(&self.repository, model.0.iter().map(|(key, object)| (key.clone(), object.clone())))
     }
 }
 
@@ -197,10 +163,8 @@ fn write(
             let blob = (!bundle.is_empty()).then(|| store(bundle));
             bundle.clear();
             for mut entry in waiting.drain(..) {
-                if let Body::Node(Node {
-                    content: Content::Part { bundle, .. },
-                    ..
-                }) = &mut entry.body
+                if let Body::Node(Node { content: Content::Part { bundle, .. }, .. }) =
+                    &mut entry.body
                 {
                     *bundle = blob.unwrap();
                 }
@@ -209,21 +173,14 @@ fn write(
         };
     let dummy = store(b"dummy");
     for (key, object) in objects {
-        let Object {
-            mut node,
-            data,
-            layout,
-        } = object;
+        let Object { mut node, data, layout } = object;
         let mut extents: BTreeMap<Vec<u8>, Vec<Chunk>> = BTreeMap::new();
         let cut = |size: usize, store: &mut dyn FnMut(&[u8]) -> chunkstore::tree::BlobRef| {
             let mut chunks = Vec::new();
             for (start, bytes) in &data {
                 let mut offset = *start;
                 for piece in bytes.chunks(size) {
-                    chunks.push(Chunk {
-                        offset,
-                        blob: store(piece),
-                    });
+                    chunks.push(Chunk { offset, blob: store(piece) });
                     offset += piece.len() as u64;
                 }
             }
@@ -236,33 +193,20 @@ fn write(
                     let offset = bundle.len() as u32;
                     bundle.extend_from_slice(&data[0].1);
                     let id = BlobKind::Data.id(repository.keys(), &data[0].1);
-                    Content::Part {
-                        bundle: dummy,
-                        offset,
-                        hash: *id.0.first_chunk().unwrap(),
-                    }
+                    Content::Part { bundle: dummy, offset, hash: *id.0.first_chunk().unwrap() }
                 }
                 Layout::Chunks(size) => Content::Chunks(cut(size, &mut store)),
                 Layout::Extents(size) => {
                     for chunk in cut(size, &mut store) {
-                        extents
-                            .entry(extent_key(&key, chunk.offset))
-                            .or_default()
-                            .push(chunk);
+                        extents.entry(extent_key(&key, chunk.offset)).or_default().push(chunk);
                     }
                     Content::Extents
                 }
             };
         }
-        waiting.push(Entry {
-            key,
-            body: Body::Node(node),
-        });
+        waiting.push(Entry { key, body: Body::Node(node) });
         for (key, chunks) in extents {
-            waiting.push(Entry {
-                key,
-                body: Body::Extent(chunks),
-            });
+            waiting.push(Entry { key, body: Body::Extent(chunks) });
         }
         if bundle.len() > 100_000 || waiting.len() > 5000 {
             flush(&mut bundle, &mut waiting, &mut store);
@@ -308,11 +252,7 @@ impl Log {
 }
 
 fn options() -> RestoreOptions {
-    RestoreOptions {
-        threads: 2,
-        sync: false,
-        ..RestoreOptions::default()
-    }
+    RestoreOptions { threads: 2, sync: false, ..RestoreOptions::default() }
 }
 
 struct Run<'a> {
@@ -329,15 +269,7 @@ impl<'a> Run<'a> {
     fn new(repo: &'a Repo, root: (NodeRef, u8), target: &Path) -> Self {
         let (subpath, filter, log) = (Vec::new(), None, Log::default());
         let target = target.to_owned();
-        Self {
-            repo,
-            root,
-            target,
-            options: options(),
-            subpath,
-            filter,
-            log,
-        }
+        Self { repo, root, target, options: options(), subpath, filter, log }
     }
 
     fn try_go(&self) -> chunkstore::Result<RestoreSummary> {
@@ -376,16 +308,8 @@ impl<'a> Run<'a> {
 type Lines = BTreeMap<String, String>;
 
 fn line(node: &Node, content: &str, xattrs: &Xattrs) -> String {
-    let size = if matches!(node.kind, Kind::File | Kind::Symlink) {
-        node.size
-    } else {
-        0
-    };
-    let mode = if node.kind == Kind::Symlink {
-        0o777
-    } else {
-        node.mode
-    };
+    let size = if matches!(node.kind, Kind::File | Kind::Symlink) { node.size } else { 0 };
+    let mode = if node.kind == Kind::Symlink { 0o777 } else { node.mode };
     format!(
         "{:?} {mode:o} {}:{} {size} {:?} {:?} {content} {xattrs:?}",
         node.kind, node.uid, node.gid, node.mtime, node.rdev
@@ -399,10 +323,7 @@ fn hash(bytes: &[u8]) -> String {
 fn expected(model: &Model) -> Lines {
     let mut lines = Lines::new();
     for (key, object) in &model.0 {
-        let path: Vec<u8> = key
-            .iter()
-            .map(|byte| if *byte == 0 { b'/' } else { *byte })
-            .collect();
+        let path: Vec<u8> = key.iter().map(|byte| if *byte == 0 { b'/' } else { *byte }).collect();
         let node = &object.node;
         let content = match (&node.kind, &node.content) {
             (Kind::File, _) => {
@@ -442,19 +363,12 @@ fn found(target: &Path) -> Lines {
     };
     while let Some((path, dir)) = pending.pop() {
         let xattrs = dir.own_xattrs().unwrap().entries;
-        lines.insert(
-            path.clone(),
-            describe(dir.stat().unwrap(), String::new(), xattrs),
-        );
+        lines.insert(path.clone(), describe(dir.stat().unwrap(), String::new(), xattrs));
         let mut listing = Listing::read(&dir, 1 << 20, &std::env::temp_dir()).unwrap();
         while let Some(entry) = listing.next_entry().unwrap() {
             let name = entry.name.to_vec();
             let text = String::from_utf8_lossy(&name).into_owned();
-            let path = if path.is_empty() {
-                text
-            } else {
-                format!("{path}/{text}")
-            };
+            let path = if path.is_empty() { text } else { format!("{path}/{text}") };
             let meta = dir.lstat(&name).unwrap();
             let content = match meta.kind {
                 Kind::Dir => {
@@ -463,11 +377,7 @@ fn found(target: &Path) -> Lines {
                 }
                 Kind::File => {
                     let mut bytes = vec![0; meta.size as usize];
-                    dir.open_file(&name)
-                        .unwrap()
-                        .0
-                        .read_exact_at(&mut bytes, 0)
-                        .unwrap();
+                    dir.open_file(&name).unwrap().0.read_exact_at(&mut bytes, 0).unwrap();
                     hash(&bytes)
                 }
                 Kind::Symlink => String::from_utf8_lossy(&dir.read_link(&name).unwrap()).into(),
@@ -485,10 +395,7 @@ fn assert_same(found: &Lines, expected: &Lines) {
     for (path, line) in expected {
         assert_eq!(found.get(path), Some(line), "'{path}'");
     }
-    let extra: Vec<_> = found
-        .keys()
-        .filter(|path| !expected.contains_key(*path))
-        .collect();
+    let extra: Vec<_> = found.keys().filter(|path| !expected.contains_key(*path)).collect();
     assert!(extra.is_empty(), "{extra:?}");
 }
 
@@ -524,84 +431,37 @@ fn full_model() -> Model {
     model.dir("a/b/empty").node.mode = 0o1777;
     model.file("a/b/inline", b"hello", Layout::Inline);
     model.file("a/b/none", b"", Layout::Inline);
-    model
-        .file("a/bundled", &noise(1, 5000), Layout::Bundle)
-        .node
-        .mode = 0o400;
-    model
-        .file("a/bundled2", &noise(2, 70_000), Layout::Bundle)
-        .node
-        .mode = 0o600;
+    model.file("a/bundled", &noise(1, 5000), Layout::Bundle).node.mode = 0o400;
+    model.file("a/bundled2", &noise(2, 70_000), Layout::Bundle).node.mode = 0o600;
     model.file("a/one", &noise(3, 150_000), Layout::Chunks(200_000));
-    model
-        .file("a/many", &noise(4, 950_000), Layout::Chunks(100_000))
-        .node
-        .mode = 0o777;
+    model.file("a/many", &noise(4, 950_000), Layout::Chunks(100_000)).node.mode = 0o777;
     model.sparse("a/hole", 3_000_000, vec![], Layout::Inline);
     model.sparse(
         "a/sparse",
         5_000_000,
-        vec![
-            (1_000_000, noise(5, 10_000)),
-            (3_000_000, noise(6, 300_000)),
-        ],
+        vec![(1_000_000, noise(5, 10_000)), (3_000_000, noise(6, 300_000))],
         Layout::Chunks(100_000),
     );
-    model.sparse(
-        "a/tail",
-        500_000,
-        vec![(100_000, noise(7, 1000))],
-        Layout::Chunks(1000),
-    );
+    model.sparse("a/tail", 500_000, vec![(100_000, noise(7, 1000))], Layout::Chunks(1000));
     let spans = [0, EXTENT_SPAN_BYTES + 5000, 2 * EXTENT_SPAN_BYTES + 1];
     let data = spans.map(|at| (at, noise(at, 40_000))).to_vec();
-    model.sparse(
-        "a/huge",
-        3 * EXTENT_SPAN_BYTES,
-        data,
-        Layout::Extents(10_000),
-    );
+    model.sparse("a/huge", 3 * EXTENT_SPAN_BYTES, data, Layout::Extents(10_000));
     // After its extents in the order of keys.
     model.file("a/huge!", b"x", Layout::Inline);
-    model
-        .symlink("link", "../does/not/exist")
-        .node
-        .mtime
-        .seconds = 77;
+    model.symlink("link", "../does/not/exist").node.mtime.seconds = 77;
     model.add("fifo", node(Kind::Fifo, 0o640));
     model.add("socket", node(Kind::Socket, 0o755));
     model.file("bytes\u{e4}\n", b"odd name", Layout::Bundle);
     let user = vec![(b"user.k".to_vec(), b"v\0w".to_vec())];
-    model
-        .file("xattr", &noise(8, 2000), Layout::Bundle)
-        .node
-        .xattrs = user.clone();
+    model.file("xattr", &noise(8, 2000), Layout::Bundle).node.xattrs = user.clone();
     model.dir("xdir").node.xattrs = user;
     if is_root() {
-        model.add(
-            "null",
-            Node {
-                rdev: (1, 3),
-                ..node(Kind::CharDevice, 0o666)
-            },
-        );
-        model.add(
-            "disk",
-            Node {
-                rdev: (7, 200),
-                ..node(Kind::BlockDevice, 0o600)
-            },
-        );
+        model.add("null", Node { rdev: (1, 3), ..node(Kind::CharDevice, 0o666) });
+        model.add("disk", Node { rdev: (7, 200), ..node(Kind::BlockDevice, 0o600) });
         let object = model.file("setuid", &noise(9, 3000), Layout::Bundle);
         (object.node.uid, object.node.gid, object.node.mode) = (1234, 4321, 0o6755);
-        model
-            .file("owned", &noise(10, 3000), Layout::Bundle)
-            .node
-            .uid = 1000;
-        (
-            model.symlink("owned-link", "x").node.gid,
-            model.dir("odir").node.uid,
-        ) = (55, 66);
+        model.file("owned", &noise(10, 3000), Layout::Bundle).node.uid = 1000;
+        (model.symlink("owned-link", "x").node.gid, model.dir("odir").node.uid) = (55, 66);
     }
     model
 }
@@ -617,24 +477,14 @@ fn every_kind_comes_back_with_its_metadata() {
         (run.options.verify, run.options.sync) = (verify, verify);
         let summary = run.clean();
         assert_same(&found(&target), &expected(&model));
-        let dirs = model
-            .0
-            .values()
-            .filter(|object| object.node.kind == Kind::Dir)
-            .count();
+        let dirs = model.0.values().filter(|object| object.node.kind == Kind::Dir).count();
         assert_eq!(summary.dirs, dirs as u64);
         assert_eq!(summary.files, (model.0.len() - dirs) as u64);
         let is_file = |object: &&Object| object.node.kind == Kind::File;
         let files = model.0.values().filter(is_file);
-        assert_eq!(
-            summary.bytes,
-            files.map(|object| object.node.size).sum::<u64>()
-        );
+        assert_eq!(summary.bytes, files.map(|object| object.node.size).sum::<u64>());
         let allocated = target.join("a/huge").metadata().unwrap().blocks() * 512;
-        assert!(
-            allocated < 1 << 20,
-            "holes stay holes, not {allocated} bytes"
-        );
+        assert!(allocated < 1 << 20, "holes stay holes, not {allocated} bytes");
     }
 }
 
@@ -648,13 +498,7 @@ fn dry_run_counts_the_same_and_touches_nothing() {
     let counted = dry.clean();
     assert!(!target.exists());
     let done = Run::new(&repo, root, &target).clean();
-    assert_eq!(
-        counted,
-        RestoreSummary {
-            bytes_written: 0,
-            ..done
-        }
-    );
+    assert_eq!(counted, RestoreSummary { bytes_written: 0, ..done });
 
     let before = found(&target);
     std::fs::write(target.join("extra"), "x").unwrap();
@@ -695,18 +539,12 @@ fn subpaths_land_directly_in_the_target() {
         assert_eq!(run.clean().files, 1);
         let mut lines = found(&target);
         lines.remove("");
-        assert_same(
-            &lines,
-            &Lines::from([(name.into(), below(&format!("a/{name}"))[""].clone())]),
-        );
+        assert_same(&lines, &Lines::from([(name.into(), below(&format!("a/{name}"))[""].clone())]));
     }
 
     let mut run = Run::new(&repo, root, &temp.path().join("none"));
     run.subpath = key_of(b"a/missing");
-    assert_eq!(
-        run.try_go().unwrap_err().kind(),
-        chunkstore::ErrorKind::NotFound
-    );
+    assert_eq!(run.try_go().unwrap_err().kind(), chunkstore::ErrorKind::NotFound);
 }
 
 #[test]
@@ -716,13 +554,7 @@ fn filters_choose_and_folders_above_the_chosen_are_made() {
     for path in ["keep", "keep/deep", "skip", "skip/deep", "prune", "empty"] {
         model.dir(path).node.mode = 0o711;
     }
-    for path in [
-        "keep/deep/a.log",
-        "skip/deep/b.log",
-        "skip/c.txt",
-        "prune/d.log",
-        "keep/e.txt",
-    ] {
+    for path in ["keep/deep/a.log", "skip/deep/b.log", "skip/c.txt", "prune/d.log", "keep/e.txt"] {
         model.file(path, &noise(1, 600), Layout::Bundle);
     }
     for number in 0..3000 {
@@ -871,22 +703,13 @@ fn missing_pack_fails_only_the_files_in_it() {
     let (repo, temp) = (Repo::new(), tempfile::tempdir().unwrap());
     let mut model = Model::new();
     for number in 0..400 {
-        model.file(
-            &format!("{number:03}"),
-            &noise(number, 5000),
-            Layout::Bundle,
-        );
+        model.file(&format!("{number:03}"), &noise(number, 5000), Layout::Bundle);
     }
     model.file("large", &noise(1000, 900_000), Layout::Chunks(90_000));
     model.file("vast", &noise(1001, 900_000), Layout::Extents(90_000));
     let root = repo.write(&model);
-    let lost: Vec<String> = repo
-        .store
-        .keys()
-        .into_iter()
-        .filter(|key| key.starts_with("packs/"))
-        .step_by(3)
-        .collect();
+    let lost: Vec<String> =
+        repo.store.keys().into_iter().filter(|key| key.starts_with("packs/")).step_by(3).collect();
     assert!(lost.len() > 2);
     for key in &lost {
         repo.store.delete(key).unwrap();
@@ -924,19 +747,12 @@ fn damaged_tree_restores_what_it_still_names_and_deletes_nothing() {
         if number % 50 == 0 {
             model.dir(&format!("{number:04}"));
         }
-        model.file(
-            &format!("{:04}/{number}", number / 50 * 50),
-            b"some content",
-            Layout::Inline,
-        );
+        model.file(&format!("{:04}/{number}", number / 50 * 50), b"some content", Layout::Inline);
     }
     let root = repo.write(&model);
     // Damage some leaves, one byte each.
     let store = &repo.store;
-    let keys = store
-        .keys()
-        .into_iter()
-        .filter(|key| key.starts_with("meta/"));
+    let keys = store.keys().into_iter().filter(|key| key.starts_with("meta/"));
     for key in keys.collect::<Vec<_>>() {
         store.damage(&key, |bytes| {
             let middle = bytes.len() / 3;
@@ -950,10 +766,7 @@ fn damaged_tree_restores_what_it_still_names_and_deletes_nothing() {
         // The root itself may have been hit.
         Err(error) => assert_eq!(error.kind(), chunkstore::ErrorKind::Corrupt),
         Ok(summary) => {
-            assert!(
-                summary.files_failed > 0 && summary.files > 1000,
-                "{summary:?}"
-            );
+            assert!(summary.files_failed > 0 && summary.files > 1000, "{summary:?}");
             assert!(temp.path().join("zzz").exists());
         }
     }
@@ -981,10 +794,7 @@ fn overwrite_modes_decide_about_what_is_there() {
         let changed = [&b"!"[..], &noise(1, 4999)].concat();
         std::fs::write(target.join("same"), &changed).unwrap();
         let time = std::time::UNIX_EPOCH + std::time::Duration::new(1_600_000_000, 123_456_789);
-        let file = std::fs::File::options()
-            .write(true)
-            .open(target.join("same"))
-            .unwrap();
+        let file = std::fs::File::options().write(true).open(target.join("same")).unwrap();
         file.set_modified(time).unwrap();
         let inode = target.join("same").metadata().unwrap().ino();
         std::fs::write(target.join("dir"), "file in the place of a folder").unwrap();
@@ -1003,10 +813,7 @@ fn overwrite_modes_decide_about_what_is_there() {
             Overwrite::IfChanged => {
                 assert!(now("same") == changed && is_new("newer") && is_new("link"));
                 assert_eq!(target.join("same").metadata().unwrap().ino(), inode);
-                assert_eq!(
-                    target.join("same").metadata().unwrap().mode() & 0o777,
-                    0o644
-                );
+                assert_eq!(target.join("same").metadata().unwrap().mode() & 0o777, 0o644);
                 assert!(target.join("folder/with/content").exists() && is_new("linked"));
                 assert_eq!((summary.skipped_unchanged, summary.files_failed), (1, 1));
             }
@@ -1085,15 +892,8 @@ fn random_model(seed: u64) -> Model {
     let mut dirs = vec![String::new()];
     for number in 0..30 + random.below(200) {
         let parent = dirs[random.below(dirs.len() as u64) as usize].clone();
-        let name = format!(
-            "{}{number}",
-            ["a", "b!", "c.d", "-"][random.below(4) as usize]
-        );
-        let path = if parent.is_empty() {
-            name
-        } else {
-            format!("{parent}/{name}")
-        };
+        let name = format!("{}{number}", ["a", "b!", "c.d", "-"][random.below(4) as usize]);
+        let path = if parent.is_empty() { name } else { format!("{parent}/{name}") };
         let mode = 0o400 | random.below(0o400) as u32;
         let object = match random.below(10) {
             0 | 1 => {
@@ -1101,26 +901,15 @@ fn random_model(seed: u64) -> Model {
                 model.dir(&path)
             }
             2 => model.symlink(&path, "x"),
-            3 => model.file(
-                &path,
-                &noise(number, random.below(500) as usize),
-                Layout::Inline,
-            ),
+            3 => model.file(&path, &noise(number, random.below(500) as usize), Layout::Inline),
             4 => model.sparse(&path, 1 + random.below(100_000), vec![], Layout::Inline),
             5 | 6 => {
-                let layout = if random.below(2) == 0 {
-                    Layout::Chunks
-                } else {
-                    Layout::Extents
-                };
+                let layout = if random.below(2) == 0 { Layout::Chunks } else { Layout::Extents };
                 let chunk = 1 + random.below(20_000) as usize;
                 let at = random.below(100_000);
                 let first = noise(number, 1 + random.below(60_000) as usize);
                 let second = at + first.len() as u64 + random.below(50_000);
-                let data = vec![
-                    (at, first),
-                    (second, noise(9, 1 + random.below(5000) as usize)),
-                ];
+                let data = vec![(at, first), (second, noise(9, 1 + random.below(5000) as usize))];
                 let size = second + 5000 + random.below(1000);
                 model.sparse(&path, size, data, layout(chunk))
             }
@@ -1129,12 +918,7 @@ fn random_model(seed: u64) -> Model {
                 model.file(&path, &noise(random.below(50), len), Layout::Bundle)
             }
         };
-        object.node.mode = mode
-            | if object.node.kind == Kind::Dir {
-                0o700
-            } else {
-                0
-            };
+        object.node.mode = mode | if object.node.kind == Kind::Dir { 0o700 } else { 0 };
         if object.node.kind == Kind::Symlink {
             object.node.mode = 0o777;
         }
@@ -1144,20 +928,13 @@ fn random_model(seed: u64) -> Model {
             (object.node.linked, object.node.ino) = (true, number);
         }
     }
-    let linked: Vec<_> = model
-        .0
-        .iter()
-        .filter(|(_, object)| object.node.linked)
-        .map(|at| at.1.clone())
-        .collect();
+    let linked: Vec<_> =
+        model.0.iter().filter(|(_, object)| object.node.linked).map(|at| at.1.clone()).collect();
     for (number, object) in linked.into_iter().enumerate() {
         for copy in 0..random.below(3) {
             let parent = &dirs[random.below(dirs.len() as u64) as usize];
             let path = format!("{parent}/link{number}-{copy}");
-            model.0.insert(
-                key_of(path.trim_start_matches('/').as_bytes()),
-                object.clone(),
-            );
+            model.0.insert(key_of(path.trim_start_matches('/').as_bytes()), object.clone());
         }
     }
     model
@@ -1218,11 +995,7 @@ fn evil_names_are_refused() {
         data: vec![(0, b"evil".to_vec())],
         layout: Layout::Inline,
     };
-    let dir = Object {
-        node: node(Kind::Dir, 0o755),
-        data: vec![],
-        layout: Layout::Inline,
-    };
+    let dir = Object { node: node(Kind::Dir, 0o755), data: vec![], layout: Layout::Inline };
     let mut objects = BTreeMap::new();
     objects.insert(Vec::new(), dir.clone());
     objects.insert(b"d".to_vec(), dir.clone());
@@ -1239,16 +1012,8 @@ fn evil_names_are_refused() {
     let root = write(&repo.repository, objects.into_iter());
     let run = Run::new(&repo, root, &target);
     let summary = run.go();
-    assert_eq!(
-        summary.files_failed,
-        evil.len() as u64 + 4,
-        "{:?}",
-        run.log.paths()
-    );
-    assert_eq!(
-        found(&target).into_keys().collect::<Vec<_>>(),
-        ["", "d", "good"]
-    );
+    assert_eq!(summary.files_failed, evil.len() as u64 + 4, "{:?}", run.log.paths());
+    assert_eq!(found(&target).into_keys().collect::<Vec<_>>(), ["", "d", "good"]);
     assert_eq!(found(temp.path()).len(), 5);
 }
 
@@ -1278,11 +1043,7 @@ fn paths_beyond_the_limit_of_the_system_work() {
             assert_eq!(dir.stat().unwrap().mtime.seconds, depth);
             for name in [&b"a"[..], b"z"] {
                 let mut bytes = vec![0; 500];
-                dir.open_file(name)
-                    .unwrap()
-                    .0
-                    .read_exact_at(&mut bytes, 0)
-                    .unwrap();
+                dir.open_file(name).unwrap().0.read_exact_at(&mut bytes, 0).unwrap();
                 assert_eq!(bytes, noise(1, 500));
             }
         }
@@ -1326,11 +1087,8 @@ fn cancelling_leaves_no_incomplete_file_and_no_hidden_folder() {
     let (repo, temp) = (Repo::new(), tempfile::tempdir().unwrap());
     let mut model = Model::new();
     for number in 0..30 {
-        let object = model.file(
-            &format!("{number}"),
-            &noise(number, 200_000),
-            Layout::Extents(20_000),
-        );
+        let object =
+            model.file(&format!("{number}"), &noise(number, 200_000), Layout::Extents(20_000));
         (object.node.linked, object.node.ino) = (true, number);
     }
     let root = repo.write(&model);
@@ -1347,16 +1105,12 @@ fn cancelling_leaves_no_incomplete_file_and_no_hidden_folder() {
             self.0.advanced.lock().unwrap().1 >= self.1
         }
     }
-    for (number, (bytes, window_bytes)) in [(50_000, 1), (1_000_000, 2000), (3_000_000, 1 << 20)]
-        .into_iter()
-        .enumerate()
+    for (number, (bytes, window_bytes)) in
+        [(50_000, 1), (1_000_000, 2000), (3_000_000, 1 << 20)].into_iter().enumerate()
     {
         let target = temp.path().join(number.to_string());
         let monitor = After(Log::default(), bytes);
-        let options = RestoreOptions {
-            window_bytes,
-            ..options()
-        };
+        let options = RestoreOptions { window_bytes, ..options() };
         let (repository, subpath, filter) = (&*repo.repository, &b""[..], None);
         let target_path = &target;
         let request = Request {
@@ -1372,10 +1126,7 @@ fn cancelling_leaves_no_incomplete_file_and_no_hidden_folder() {
         assert_eq!(error.kind(), chunkstore::ErrorKind::Cancelled);
         let wanted = expected(&model);
         for (path, line) in found(&target) {
-            assert!(
-                path.is_empty() || wanted.get(&path) == Some(&line),
-                "{path}"
-            );
+            assert!(path.is_empty() || wanted.get(&path) == Some(&line), "{path}");
         }
     }
 }
@@ -1428,11 +1179,7 @@ fn verify_finds_what_the_disk_has_changed() {
     model.file("z", &noise(4, 777_000), Layout::Chunks(800_000));
     let root = repo.write(&model);
     let monitor = Spoil(temp.path().to_owned(), Log::default());
-    let options = RestoreOptions {
-        verify: true,
-        threads: 1,
-        ..options()
-    };
+    let options = RestoreOptions { verify: true, threads: 1, ..options() };
     let request = Request {
         repository: &repo.repository,
         root,
@@ -1464,11 +1211,7 @@ fn verify_finds_what_the_disk_has_changed() {
 fn names_of_any_bytes_come_back() {
     let (repo, temp) = (Repo::new(), tempfile::tempdir().unwrap());
     let mut objects = BTreeMap::new();
-    let plain = |kind| Object {
-        node: node(kind, 0o755),
-        data: vec![],
-        layout: Layout::Inline,
-    };
+    let plain = |kind| Object { node: node(kind, 0o755), data: vec![], layout: Layout::Inline };
     objects.insert(Vec::new(), plain(Kind::Dir));
     objects.insert(b"\xff\xfe\x01".to_vec(), plain(Kind::Dir));
     objects.insert(b"\xff\xfe\x01\0\x80".to_vec(), plain(Kind::File));
@@ -1476,87 +1219,4 @@ fn names_of_any_bytes_come_back() {
     Run::new(&repo, root, temp.path()).clean();
     let path = Path::new(std::ffi::OsStr::from_bytes(b"\xff\xfe\x01/\x80"));
     assert!(temp.path().join(path).is_file());
-}
-
-/// Times and processor use of a restore of many small files:
-/// `cargo test --release -p mover --test restore many_small -- --ignored --nocapture`.
-#[test]
-#[ignore = "a measurement of a minute, for a release build"]
-fn many_small_files_are_measured() {
-    let base = std::env::var_os("RESTORE_BENCH").map_or_else(std::env::temp_dir, PathBuf::from);
-    let temp = tempfile::tempdir_in(base).unwrap();
-    let store_path = temp.path().join("store");
-    objects::local::LocalStore::create_root(&store_path).unwrap();
-    let store = Arc::new(objects::local::LocalStore::open(&store_path).unwrap());
-    let unlock = Unlock::Passphrase(b"x".to_vec());
-    let (cost, now) = (KdfCost::WEAK, jiff::Timestamp::UNIX_EPOCH);
-    let repository =
-        Repository::create(store, &unlock, cost, ChunkerConfig::default(), now).unwrap();
-    let repository = Arc::new(repository);
-    let (folders, files) = (400, 500);
-    let plain = |kind, mode| Object { node: node(kind, mode), data: vec![], layout: Layout::Inline };
-    let objects = (0..folders).flat_map(|folder| {
-        let name = format!("folder{folder:04}");
-        let in_it = {
-            let name = name.clone();
-            (0..files).map(move |file| {
-                let len = 1000 + (folder * 7919 + file * 104_729) % 8000;
-                let mut text = noise((folder * files + file) as u64, len / 2);
-                text.extend(std::iter::repeat_n(b'x', len - len / 2));
-                let mut object = Object {
-                    node: Node { size: len as u64, ..node(Kind::File, 0o644) },
-                    data: vec![(0, text)],
-                    layout: Layout::Bundle,
-                };
-                object.node.ino = file as u64;
-                (key_of(format!("{name}/file{file:05}").as_bytes()), object)
-            })
-        };
-        std::iter::once((name.into_bytes(), plain(Kind::Dir, 0o755))).chain(in_it)
-    });
-    let root = write(&repository, std::iter::once((vec![], plain(Kind::Dir, 0o755))).chain(objects));
-    let cpu = || {
-        let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
-        let after = stat.rsplit(')').next().unwrap();
-        let ticks: Vec<u64> = after.split_whitespace().filter_map(|part| part.parse().ok()).collect();
-        let fields: Vec<&str> = after.split_whitespace().collect();
-        assert!(ticks.len() > 10);
-        let seconds = |at: usize| fields[at].parse::<f64>().unwrap() / 100.0;
-        (seconds(11), seconds(12))
-    };
-    for (threads, options) in [
-        (1, RestoreOptions { sync: false, ..RestoreOptions::default() }),
-        (2, RestoreOptions { sync: false, ..RestoreOptions::default() }),
-        (2, RestoreOptions { sync: false, overwrite: Overwrite::IfChanged, ..RestoreOptions::default() }),
-        (2, RestoreOptions::default()),
-        (2, RestoreOptions { verify: true, ..RestoreOptions::default() }),
-    ] {
-        let options = RestoreOptions { threads, ..options };
-        let target = temp.path().join("target");
-        if options.overwrite == Overwrite::Always && target.exists() {
-            std::fs::remove_dir_all(&target).unwrap();
-        }
-        rustix::fs::sync();
-        let log = Log::default();
-        let (before, start) = (cpu(), std::time::Instant::now());
-        let told = format!("{threads} threads, sync {}, verify {}, {:?}", options.sync,
-            options.verify, options.overwrite);
-        let summary = restore(&Request {
-            repository: &repository,
-            root,
-            subpath: b"",
-            target: &target,
-            filter: None,
-            options,
-            monitor: &log,
-        })
-        .unwrap();
-        let (elapsed, after) = (start.elapsed().as_secs_f64(), cpu());
-        let count = f64::from(folders as u32 * files as u32);
-        let each = |seconds: f64| seconds * 1e6 / count;
-        println!(
-            "{told}: {elapsed:.2} s, {:.1} us a file, user {:.1}, system {:.1}; {summary:?}",
-            each(elapsed), each(after.0 - before.0), each(after.1 - before.1)
-        );
-    }
 }

@@ -18,7 +18,7 @@ use chunkstore::id::SnapshotId;
 use chunkstore::repository::Repository;
 use chunkstore::tree::{Entry, EntryCursor, TreeCursor};
 use common::scan::{assert_same, differences, scan};
-use common::sources::{Source, acl, everything};
+use common::sources::{Source, acl, everything, set_mtime};
 use common::*;
 use mover::backup::{ChangedBy, Request, Resources};
 use proptest::prelude::*;
@@ -70,10 +70,7 @@ fn everything_that_can_be_in_a_tree_comes_back_and_costs_nothing_the_second_time
             &repo.repository,
             &Request {
                 lineage: format!("{workers} workers"),
-                resources: Resources {
-                    workers,
-                    ..Resources::new(memory_bytes, workers)
-                },
+                resources: Resources { workers, ..Resources::new(memory_bytes, workers) },
                 compression: Level::Off,
                 ..request(source.path())
             },
@@ -86,10 +83,7 @@ fn everything_that_can_be_in_a_tree_comes_back_and_costs_nothing_the_second_time
     }
     let content = save_as(
         &repo.repository,
-        &Request {
-            changed_by: Some(ChangedBy::Content),
-            ..request(source.path())
-        },
+        &Request { changed_by: Some(ChangedBy::Content), ..request(source.path()) },
     );
     assert_eq!(content.summary.files_unmodified, 0);
     assert_eq!(content.summary.bytes_stored, 0);
@@ -141,16 +135,8 @@ const EDITS: [Edit; 15] = [
         1,
     ),
     ("touch", |source| source.mtime("d/tiny", 77, 0), 1),
-    (
-        "rename",
-        |source| fs::rename(source.path("d/small"), source.path("d/renamed")).unwrap(),
-        1,
-    ),
-    (
-        "rename of a folder",
-        |source| fs::rename(source.path("d"), source.path("e")).unwrap(),
-        3,
-    ),
+    ("rename", |source| fs::rename(source.path("d/small"), source.path("d/renamed")).unwrap(), 1),
+    ("rename of a folder", |source| fs::rename(source.path("d"), source.path("e")).unwrap(), 3),
     (
         "exchange of two files with the same size and time",
         |source| {
@@ -161,16 +147,8 @@ const EDITS: [Edit; 15] = [
         2,
     ),
     ("removal", |source| fs::remove_file(source.path("d/small")).unwrap(), 0),
-    (
-        "removal of a folder",
-        |source| fs::remove_dir_all(source.path("d")).unwrap(),
-        0,
-    ),
-    (
-        "addition",
-        |source| drop(source.file("new/folder/file", noise(5, 3000))),
-        1,
-    ),
+    ("removal of a folder", |source| fs::remove_dir_all(source.path("d")).unwrap(), 0),
+    ("addition", |source| drop(source.file("new/folder/file", noise(5, 3000))), 1),
     ("mode", |source| source.mode("d/medium", 0o600), 1),
     (
         "attributes",
@@ -236,10 +214,7 @@ fn a_change_right_after_a_backup_began_is_seen_whatever_the_times_say() {
     let source = Source(dir.path());
     source.file("f", noise(1, 5000));
     let repo = Repo::new();
-    let honest = |now| Request {
-        now,
-        ..request(dir.path())
-    };
+    let honest = |now| Request { now, ..request(dir.path()) };
     save_as(&repo.repository, &honest(jiff::Timestamp::now()));
     // Too young to be trusted, so it is read; and since it is the same, nothing is stored.
     let second = save_as(&repo.repository, &honest(jiff::Timestamp::now()));
@@ -255,13 +230,7 @@ fn trust_in_the_modification_time_alone_can_be_chosen() {
     let repo = Repo::new();
     let by = |how| {
         let changed_by = Some(how);
-        save_as(
-            &repo.repository,
-            &Request {
-                changed_by,
-                ..request(dir.path())
-            },
-        )
+        save_as(&repo.repository, &Request { changed_by, ..request(dir.path()) })
     };
     save(&repo.repository, dir.path());
     tick();
@@ -386,7 +355,7 @@ fn apply(root: &Path, op: &Op) {
             }
         }),
         Op::Mtime { at, seconds } => change(at, &|path| {
-            common::sources::set_mtime(path, *seconds, 5);
+            set_mtime(path, *seconds, 5);
         }),
         Op::Xattr { at, value } => change(at, &|path| {
             if regular(path) || path.is_dir() && !path.is_symlink() {
@@ -400,11 +369,7 @@ fn apply(root: &Path, op: &Op) {
 #[test]
 fn any_history_of_edits_restores_like_a_copy_after_every_step() {
     let steps = proptest::collection::vec(proptest::collection::vec(op(), 1..25), 3);
-    let config = ProptestConfig {
-        cases: 40,
-        max_shrink_iters: 200,
-        ..ProptestConfig::default()
-    };
+    let config = ProptestConfig { cases: 40, max_shrink_iters: 200, ..ProptestConfig::default() };
     TestRunner::new(config)
         .run(&steps, |steps| {
             let (dir, repo) = (memory_dir(), Repo::new());
@@ -451,16 +416,10 @@ fn what_is_excluded_is_left_out_with_all_below() {
         source.file(name, name);
     }
     let repo = Repo::new();
-    let excludes = |path: &[u8], is_dir: bool| {
-        path.ends_with(b".tmp") || (is_dir && path.ends_with(b"cache"))
-    };
-    let outcome = save_as(
-        &repo.repository,
-        &Request {
-            excludes: Some(&excludes),
-            ..request(dir.path())
-        },
-    );
+    let excludes =
+        |path: &[u8], is_dir: bool| path.ends_with(b".tmp") || (is_dir && path.ends_with(b"cache"));
+    let outcome =
+        save_as(&repo.repository, &Request { excludes: Some(&excludes), ..request(dir.path()) });
     assert_eq!(paths_of(&repo, &outcome), ["d", "d/cache", "d/keep", "keep"]);
     // Included again, they are there again.
     let all = save(&repo.repository, dir.path());
@@ -477,13 +436,8 @@ fn only_folders_with_the_right_tag_count_as_caches() {
     source.file("no-cache/CACHEDIR.TAG", "Signature: something else");
     source.file("no-cache/content", "x");
     let repo = Repo::new();
-    let outcome = save_as(
-        &repo.repository,
-        &Request {
-            exclude_caches: true,
-            ..request(dir.path())
-        },
-    );
+    let outcome =
+        save_as(&repo.repository, &Request { exclude_caches: true, ..request(dir.path()) });
     let expected = ["cache", "no-cache", "no-cache/CACHEDIR.TAG", "no-cache/content"];
     assert_eq!(paths_of(&repo, &outcome), expected);
 }
@@ -498,16 +452,30 @@ fn other_file_systems_are_left_out_on_request_and_told_apart_otherwise() {
     };
     source.file("mounted/there", noise(1, 700));
     let repo = Repo::new();
-    let one = save_as(
-        &repo.repository,
-        &Request {
-            one_file_system: true,
-            ..request(dir.path())
-        },
-    );
+    let one = save_as(&repo.repository, &Request { one_file_system: true, ..request(dir.path()) });
     assert_eq!(paths_of(&repo, &one), ["here", "mounted"]);
     let all = save(&repo.repository, dir.path());
     assert_eq!(paths_of(&repo, &all), ["here", "mounted", "mounted/there"]);
     let again = save(&repo.repository, dir.path());
     assert_eq!(again.summary.bytes_stored, 0);
+}
+
+#[test]
+fn sizes_whose_sum_no_number_holds_are_saved() {
+    let dir = memory_dir();
+    let source = Source(dir.path());
+    let largest = (1_u64 << 63) - 1;
+    let page = 4096;
+    for n in 0..5 {
+        let file = fs::File::create(source.path(format!("huge{n}"))).unwrap();
+        if file.set_len(largest - page).is_err() {
+            return not_tested("files of 8 EiB, which this file system cannot have");
+        }
+    }
+    let repo = Repo::new();
+    let outcome = save(&repo.repository, dir.path());
+    let entries = entries(&repo.repository, outcome.id.unwrap());
+    let sizes = entries.iter().filter_map(Entry::node).map(|node| node.size);
+    assert_eq!(sizes.filter(|size| *size == largest - page).count(), 5);
+    assert_eq!(outcome.summary.bytes, u64::MAX, "the sum stops there");
 }

@@ -11,12 +11,52 @@ type Step = (&'static str, &'static [&'static str]);
 
 const TEST: &[Step] = &[
     ("format", &["cargo", "fmt", "--all", "--check"]),
-    ("lints", &["cargo", "clippy", "--workspace", "--all-targets", "--all-features", "--locked", "--", "-D", "warnings"]),
-    ("tests", &["cargo", "test", "--workspace", "--all-features", "--locked", "--lib", "--bins", "--tests"]),
-    ("examples in documentation", &["cargo", "test", "--workspace", "--all-features", "--locked", "--doc"]),
+    (
+        "lints",
+        &[
+            "cargo",
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--all-features",
+            "--locked",
+            "--",
+            "-D",
+            "warnings",
+        ],
+    ),
+    (
+        "tests",
+        &[
+            "cargo",
+            "test",
+            "--workspace",
+            "--all-features",
+            "--locked",
+            "--lib",
+            "--bins",
+            "--tests",
+        ],
+    ),
+    (
+        "examples in documentation",
+        &["cargo", "test", "--workspace", "--all-features", "--locked", "--doc"],
+    ),
     ("documentation", &["cargo", "doc", "--workspace", "--no-deps", "--locked"]),
     ("fuzz targets", &["cargo", "check", "--locked", "--manifest-path", "fuzz/Cargo.toml"]),
-    ("dependencies", &["cargo", "deny", "--all-features", "check", "--hide-inclusion-graph", "bans", "licenses", "sources"]),
+    (
+        "dependencies",
+        &[
+            "cargo",
+            "deny",
+            "--all-features",
+            "check",
+            "--hide-inclusion-graph",
+            "bans",
+            "licenses",
+            "sources",
+        ],
+    ),
 ];
 
 fn main() -> ExitCode {
@@ -35,7 +75,8 @@ fn main() -> ExitCode {
 }
 
 fn run(steps: &[Step]) -> Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in the workspace")?;
+    let root =
+        Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in the workspace")?;
     check_layers(root)?;
     for (name, command) in steps {
         say(&format!("== {name}: {}", command.join(" ")));
@@ -67,7 +108,14 @@ fn check_layers(root: &Path) -> Result<()> {
             bail!("chunkstore must not depend on {forbidden}");
         }
     }
-    for pure in ["chunker.rs", "wire.rs", "retention.rs", "codec/seal.rs", "codec/compress.rs", "gc/plan.rs"] {
+    for pure in [
+        "chunker.rs",
+        "wire.rs",
+        "retention.rs",
+        "codec/seal.rs",
+        "codec/compress.rs",
+        "gc/plan.rs",
+    ] {
         let path = root.join("chunkstore/src").join(pure);
         let text = std::fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
         for forbidden in ["ObjectStore", "Timestamp::now", "SystemTime::now", "Instant::now"] {

@@ -36,12 +36,7 @@ pub struct Error {
 impl Error {
     /// An error of `kind` while doing `operation` (an imperative verb: `read`, `list`) on `key`.
     pub fn new(kind: ErrorKind, operation: &'static str, key: impl Into<String>) -> Self {
-        Self {
-            kind,
-            operation,
-            key: key.into(),
-            source: None,
-        }
+        Self { kind, operation, key: key.into(), source: None }
     }
 
     /// The same error with its cause.
@@ -116,11 +111,7 @@ mod tests {
             (Errno::MFILE, ErrorKind::Io),
         ];
         for (errno, kind) in table {
-            assert_eq!(
-                Error::from_io("read", "a", errno.into()).kind(),
-                kind,
-                "{errno:?}"
-            );
+            assert_eq!(Error::from_io("read", "a", errno.into()).kind(), kind, "{errno:?}");
         }
     }
 
@@ -129,11 +120,6 @@ mod tests {
         let err = Error::from_io("create", "packs/3f", Errno::NOSPC.into());
         assert_eq!(err.to_string(), "cannot create 'packs/3f': no space left");
         assert_eq!(err.key(), "packs/3f");
-        assert!(
-            err.source()
-                .unwrap()
-                .to_string()
-                .contains("No space left on device")
-        );
+        assert!(err.source().unwrap().to_string().contains("No space left on device"));
     }
 }

@@ -73,9 +73,7 @@ pub struct LocalStore {
 
 impl std::fmt::Debug for LocalStore {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("LocalStore")
-            .field("path", &self.path)
-            .finish_non_exhaustive()
+        f.debug_struct("LocalStore").field("path", &self.path).finish_non_exhaustive()
     }
 }
 
@@ -108,17 +106,11 @@ impl LocalStore {
                 Err(err) if err.kind() != io::ErrorKind::AlreadyExists => return Err(fail(err)),
                 Ok(()) | Err(_) => {}
             }
-            let parent = path
-                .parent()
-                .filter(|parent| !parent.as_os_str().is_empty());
+            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
             let parent = File::open(parent.unwrap_or(Path::new("."))).map_err(fail)?;
             folder::sync(&parent).map_err(|err| fail(err.into()))?;
         }
-        if root.is_dir() {
-            Ok(())
-        } else {
-            Err(fail(Errno::NOTDIR.into()))
-        }
+        if root.is_dir() { Ok(()) } else { Err(fail(Errno::NOTDIR.into())) }
     }
 
     /// Has `observer` called before each durable step of a write.
@@ -144,8 +136,7 @@ impl ObjectStore for LocalStore {
     fn replace(&self, key: &str, body: &[u8]) -> Result<()> {
         key::validate("replace", key)?;
         let parts = [io::IoSlice::new(body)];
-        self.write("replace", key, &parts, write::Publish::Always)
-            .map(|_| ())?;
+        self.write("replace", key, &parts, write::Publish::Always).map(|_| ())?;
         self.handles.forget(key);
         Ok(())
     }
@@ -198,19 +189,14 @@ impl ObjectStore for LocalStore {
                 return Ok(());
             }
             let fail = |err: Errno| {
-                Error::from_io(
-                    OPERATION,
-                    format!("{path}{}", name.to_string_lossy()),
-                    err.into(),
-                )
+                Error::from_io(OPERATION, format!("{path}{}", name.to_string_lossy()), err.into())
             };
             let stat = match rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) {
                 Err(Errno::NOENT) => return Ok(()),
                 stat => stat.map_err(fail)?,
             };
-            let stale = read::modified(&stat)
-                .checked_add(older_than)
-                .is_some_and(|expiry| expiry <= now);
+            let stale =
+                read::modified(&stat).checked_add(older_than).is_some_and(|expiry| expiry <= now);
             if !stale || FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
                 return Ok(());
             }

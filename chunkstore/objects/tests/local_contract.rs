@@ -3,17 +3,14 @@
 use std::fs;
 use std::io::IoSlice;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use objects::local::LocalStore;
 use objects::testing::{contract, keys, temporary_local};
 use objects::{Created, ErrorKind, ObjectMeta, ObjectStore, Result};
 
 /// A store with the directory that it must not outlive.
-struct Kept(
-    LocalStore,
-    #[expect(dead_code, reason = "only dropped")] tempfile::TempDir,
-);
+struct Kept(LocalStore, #[expect(dead_code, reason = "only dropped")] tempfile::TempDir);
 
 impl ObjectStore for Kept {
     fn create(&self, key: &str, parts: &[IoSlice<'_>]) -> Result<Created> {
@@ -44,6 +41,10 @@ impl ObjectStore for Kept {
         self.0.delete(key)
     }
 
+    fn remove_unfinished(&self, older_than: Duration, now: SystemTime) -> Result<u64> {
+        self.0.remove_unfinished(older_than, now)
+    }
+
     fn location(&self) -> String {
         self.0.location()
     }
@@ -63,17 +64,10 @@ fn root_must_be_a_directory() {
     let file = dir.path().join("file");
     fs::write(&file, "").unwrap();
     for path in [dir.path().join("missing"), file.clone(), file.join("below")] {
-        assert_eq!(
-            LocalStore::open(&path).unwrap_err().kind(),
-            ErrorKind::Invalid,
-            "{path:?}"
-        );
+        assert_eq!(LocalStore::open(&path).unwrap_err().kind(), ErrorKind::Invalid, "{path:?}");
     }
     for path in [file.clone(), file.join("below")] {
-        assert_eq!(
-            LocalStore::create_root(&path).unwrap_err().kind(),
-            ErrorKind::Invalid
-        );
+        assert_eq!(LocalStore::create_root(&path).unwrap_err().kind(), ErrorKind::Invalid);
     }
 }
 
@@ -84,16 +78,10 @@ fn created_root_is_private_and_may_exist() {
     LocalStore::create_root(&root).unwrap();
     LocalStore::create_root(&root).unwrap();
     for path in ["a", "a/b", "a/b/c"] {
-        let mode = fs::metadata(dir.path().join(path))
-            .unwrap()
-            .permissions()
-            .mode();
+        let mode = fs::metadata(dir.path().join(path)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700, "{path}");
     }
-    assert_eq!(
-        LocalStore::open(&root).unwrap().location(),
-        root.display().to_string()
-    );
+    assert_eq!(LocalStore::open(&root).unwrap().location(), root.display().to_string());
 }
 
 #[test]
@@ -103,10 +91,7 @@ fn files_are_private_and_at_the_path_of_the_key() {
     let path = dir.path().join("packs/3f/3f9c");
     assert_eq!(fs::read(&path).unwrap(), b"body");
     assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
-    assert_eq!(
-        fs::metadata(dir.path().join("packs/3f")).unwrap().mode() & 0o777,
-        0o700
-    );
+    assert_eq!(fs::metadata(dir.path().join("packs/3f")).unwrap().mode() & 0o777, 0o700);
 }
 
 #[test]
@@ -135,23 +120,11 @@ fn only_regular_files_with_valid_names_are_objects() {
 
     assert_eq!(keys(&store, ""), ["folder/real"]);
     for key in ["link", "linked/secret", "inner/real", "dangling", "fifo"] {
-        assert_eq!(
-            store.read(key, 10).unwrap_err().kind(),
-            ErrorKind::NotFound,
-            "{key}"
-        );
+        assert_eq!(store.read(key, 10).unwrap_err().kind(), ErrorKind::NotFound, "{key}");
         let ranged = store.read_at(key, 0, &mut [0]);
         assert_eq!(ranged.unwrap_err().kind(), ErrorKind::NotFound, "{key}");
-        assert_eq!(
-            store.stat(key).unwrap_err().kind(),
-            ErrorKind::NotFound,
-            "{key}"
-        );
-        assert_eq!(
-            store.create(key, &[]).unwrap_err().kind(),
-            ErrorKind::Invalid,
-            "{key}"
-        );
+        assert_eq!(store.stat(key).unwrap_err().kind(), ErrorKind::NotFound, "{key}");
+        assert_eq!(store.create(key, &[]).unwrap_err().kind(), ErrorKind::Invalid, "{key}");
     }
     assert_eq!(fs::read(outside.path().join("secret")).unwrap(), b"x");
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
@@ -201,24 +174,9 @@ fn only_stale_temporaries_are_removed() {
         fs::write(dir.path().join(name), "").unwrap();
     }
     let hour = Duration::from_secs(3600);
-    assert_eq!(
-        store
-            .remove_unfinished(hour, written + hour / 2)
-            .unwrap(),
-        0
-    );
-    assert_eq!(
-        store
-            .remove_unfinished(hour, written - hour)
-            .unwrap(),
-        0
-    );
-    assert_eq!(
-        store
-            .remove_unfinished(hour, written + hour * 2)
-            .unwrap(),
-        2
-    );
+    assert_eq!(store.remove_unfinished(hour, written + hour / 2).unwrap(), 0);
+    assert_eq!(store.remove_unfinished(hour, written - hour).unwrap(), 0);
+    assert_eq!(store.remove_unfinished(hour, written + hour * 2).unwrap(), 2);
     for name in temporaries {
         assert!(!dir.path().join(name).exists(), "{name}");
     }

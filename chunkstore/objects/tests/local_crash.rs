@@ -1,10 +1,7 @@
 //! Every write is cut before every one of its durable steps; the store opened anew is whole. And a
 //! disk that fills up leaves nothing behind.
 
-#![expect(
-    clippy::unwrap_used,
-    reason = "also in the functions that the tests share"
-)]
+#![expect(clippy::unwrap_used, reason = "also in the functions that the tests share")]
 
 use std::fs;
 use std::io::{self, IoSlice};
@@ -31,20 +28,18 @@ fn cut_at(
     let steps = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&steps);
     let folder = root.join("packs/3f");
-    let store = LocalStore::open(root)
-        .unwrap()
-        .with_observer(Arc::new(move |step, key| {
-            assert_eq!(key, KEY);
-            let mut seen = seen.lock().unwrap();
-            seen.push(step);
-            if seen.len() <= cut {
-                return Ok(());
-            }
-            if step == Step::Sync {
-                tear(&folder);
-            }
-            Err(io::Error::other("cut"))
-        }));
+    let store = LocalStore::open(root).unwrap().with_observer(Arc::new(move |step, key| {
+        assert_eq!(key, KEY);
+        let mut seen = seen.lock().unwrap();
+        seen.push(step);
+        if seen.len() <= cut {
+            return Ok(());
+        }
+        if step == Step::Sync {
+            tear(&folder);
+        }
+        Err(io::Error::other("cut"))
+    }));
     let outcome = operation(&store);
     drop(store);
     let steps = Arc::into_inner(steps).unwrap().into_inner().unwrap();
@@ -55,21 +50,12 @@ fn cut_at(
 fn tear(folder: &Path) {
     let torn = temporaries(folder);
     assert_eq!(torn.len(), 1);
-    fs::File::options()
-        .write(true)
-        .open(&torn[0])
-        .unwrap()
-        .set_len(7)
-        .unwrap();
+    fs::File::options().write(true).open(&torn[0]).unwrap().set_len(7).unwrap();
 }
 
 fn temporaries(folder: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(folder)
-        .unwrap()
-        .map(|entry| entry.unwrap().path());
-    entries
-        .filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with('.'))
-        .collect()
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with('.')).collect()
 }
 
 fn create(store: &LocalStore, body: &[u8]) -> Result<Created> {
@@ -108,11 +94,7 @@ fn for_every_cut(
         let dir = tempfile::tempdir().unwrap();
         prepare(&LocalStore::open(dir.path()).unwrap());
         let (steps, through) = cut_at(dir.path(), cut, operation);
-        assert_eq!(
-            through,
-            steps.len() == cut,
-            "an observer's error ends the operation"
-        );
+        assert_eq!(through, steps.len() == cut, "an observer's error ends the operation");
         let found = content(dir.path());
         if through {
             return steps;
@@ -128,9 +110,7 @@ fn for_every_cut(
         let folder = dir.path().join("packs/3f");
         let left = temporaries(&folder);
         let later = store.stat(KEY).unwrap().modified + Duration::from_secs(7200);
-        let removed = store
-            .remove_unfinished(Duration::from_secs(3600), later)
-            .unwrap();
+        let removed = store.remove_unfinished(Duration::from_secs(3600), later).unwrap();
         assert_eq!(removed, left.len() as u64);
         assert_eq!(temporaries(&folder), [""; 0].map(PathBuf::from));
         assert_eq!(content(dir.path()), Some(body));
@@ -196,12 +176,10 @@ fn folders_are_synced_once_per_process() {
     let dir = tempfile::tempdir().unwrap();
     let steps = Arc::new(Mutex::new(0));
     let seen = Arc::clone(&steps);
-    let store = LocalStore::open(dir.path())
-        .unwrap()
-        .with_observer(Arc::new(move |step, _| {
-            *seen.lock().unwrap() += u32::from(step == Step::SyncFolder);
-            Ok(())
-        }));
+    let store = LocalStore::open(dir.path()).unwrap().with_observer(Arc::new(move |step, _| {
+        *seen.lock().unwrap() += u32::from(step == Step::SyncFolder);
+        Ok(())
+    }));
     let mut synced = Vec::new();
     for key in ["a/b/1", "a/b/2", "a/c/1", "1"] {
         let _ = store.create(key, &[]).unwrap();
@@ -240,31 +218,16 @@ fn full_disk_leaves_nothing_and_can_be_freed() {
     };
     let store = LocalStore::open(disk.0.path()).unwrap();
     let half = vec![1; 600 << 10];
-    assert_eq!(
-        store.create("packs/1", &[IoSlice::new(&half)]).unwrap(),
-        Created::New
-    );
+    assert_eq!(store.create("packs/1", &[IoSlice::new(&half)]).unwrap(), Created::New);
     let parts = [IoSlice::new(&half), IoSlice::new(&half)];
-    assert_eq!(
-        store.create("packs/2", &parts).unwrap_err().kind(),
-        ErrorKind::Full
-    );
-    assert_eq!(
-        store.replace("packs/1", &half).unwrap_err().kind(),
-        ErrorKind::Full
-    );
-    assert_eq!(
-        temporaries(&disk.0.path().join("packs")),
-        [""; 0].map(PathBuf::from)
-    );
+    assert_eq!(store.create("packs/2", &parts).unwrap_err().kind(), ErrorKind::Full);
+    assert_eq!(store.replace("packs/1", &half).unwrap_err().kind(), ErrorKind::Full);
+    assert_eq!(temporaries(&disk.0.path().join("packs")), [""; 0].map(PathBuf::from));
     assert_eq!(keys(&store, ""), ["packs/1"]);
     assert_eq!(store.read("packs/1", 1 << 20).unwrap(), half);
     store.read_at("packs/1", 0, &mut [0]).unwrap(); // the kept handle must not hold the space
 
     store.delete("packs/1").unwrap();
-    assert_eq!(
-        store.create("packs/2", &[IoSlice::new(&half)]).unwrap(),
-        Created::New
-    );
+    assert_eq!(store.create("packs/2", &[IoSlice::new(&half)]).unwrap(), Created::New);
     assert_eq!(store.read("packs/2", 1 << 20).unwrap(), half);
 }

@@ -16,9 +16,7 @@ fn contract() {
 fn decorators_change_nothing_unasked() {
     contract::run_all(&|| {
         let recording = RecordingStore::new(Arc::new(MemoryStore::new()));
-        Box::new(FaultyStore::new(recording, |_: Op, _: &str, _: u64| {
-            Fault::None
-        }))
+        Box::new(FaultyStore::new(recording, |_: Op, _: &str, _: u64| Fault::None))
     });
 }
 
@@ -41,10 +39,7 @@ fn objects_carry_the_time_that_was_set() {
     store.set_now(start + Duration::from_secs(60));
     store.replace("b", b"").unwrap();
     assert_eq!(store.stat("a").unwrap().modified, start);
-    assert_eq!(
-        store.stat("b").unwrap().modified,
-        start + Duration::from_secs(60)
-    );
+    assert_eq!(store.stat("b").unwrap().modified, start + Duration::from_secs(60));
 }
 
 #[test]
@@ -55,8 +50,5 @@ fn damage_changes_the_body_only() {
     store.damage("a", |body| body.truncate(2));
     assert_eq!(store.read("a", 5).unwrap(), b"12");
     assert_eq!(store.stat("a").unwrap().modified, before.modified);
-    assert_eq!(
-        store.read_at("a", 0, &mut [0; 5]).unwrap_err().kind(),
-        ErrorKind::Truncated
-    );
+    assert_eq!(store.read_at("a", 0, &mut [0; 5]).unwrap_err().kind(), ErrorKind::Truncated);
 }

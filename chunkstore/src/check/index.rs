@@ -51,7 +51,8 @@ pub(super) fn check(
             find(Severity::Error, &name, format!("{} {why}", tally.wrong));
         }
         if tally.dangling > 0 {
-            let why = "records name packs that are gone; backups pass over them, prune removes them";
+            let why =
+                "records name packs that are gone; backups pass over them, prune removes them";
             find(Severity::Warning, &name, format!("{} {why}", tally.dangling));
         }
     }

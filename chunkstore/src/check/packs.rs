@@ -7,7 +7,7 @@ use crate::codec::seal::HEADER_BYTES;
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::id::{BlobId, PackId};
 use crate::limits::PACK_BYTES_MAX;
-use crate::pack::{Pack, PackClass, PackBuilder, TableEntry};
+use crate::pack::{Pack, PackBuilder, PackClass, TableEntry};
 use crate::repository::Repository;
 
 /// A pack to be checked.
@@ -88,14 +88,8 @@ struct Buffers {
 
 fn check_one(repository: &Repository, job: Job, buffers: &mut Buffers) -> Checked {
     let (store, keys) = (repository.store(), repository.keys());
-    let mut checked = Checked {
-        job,
-        traces: None,
-        is_gone: false,
-        fault: None,
-        flaw: None,
-        blobs: Vec::new(),
-    };
+    let mut checked =
+        Checked { job, traces: None, is_gone: false, fault: None, flaw: None, blobs: Vec::new() };
     let pack = match Pack::open(store, keys, job.class, job.id) {
         Ok(pack) => pack,
         Err(error) => {

@@ -126,7 +126,8 @@ pub(super) fn check(
             find(Severity::Error, Kind::KeySlot, name, fault);
         }
     }
-    let opens = options.unlock.as_ref().map(|unlock| key_slot::open(store, keys.repository, unlock));
+    let opens =
+        options.unlock.as_ref().map(|unlock| key_slot::open(store, keys.repository, unlock));
     if let Some(Err(error)) = opens {
         find(Severity::Error, Kind::KeySlot, key_slot::FOLDER, chain(&error));
     } else if objects.of(key_slot::FOLDER).is_empty() {
@@ -134,7 +135,10 @@ pub(super) fn check(
         find(Severity::Error, Kind::KeySlot, key_slot::FOLDER, why.into());
     }
     for (name, error) in &snapshots.damaged {
-        let why = format!("{}; this snapshot is lost, and prune waits until it is forgotten", chain(error));
+        let why = format!(
+            "{}; this snapshot is lost, and prune waits until it is forgotten",
+            chain(error)
+        );
         find(Severity::Error, Kind::Snapshot, name, why);
     }
     for name in &objects.unknown {

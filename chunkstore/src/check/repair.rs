@@ -68,7 +68,8 @@ pub fn repair_index(
     let buried = buried(repository)?;
     packs.retain(|pack| !buried.contains(pack));
     progress("reading the tables of all packs");
-    let mut build = Build { repository, old: &old, batch: Vec::new(), summary: RepairSummary::default() };
+    let mut build =
+        Build { repository, old: &old, batch: Vec::new(), summary: RepairSummary::default() };
     for id in packs {
         match Pack::open(store, repository.keys(), PackClass::Data, id) {
             Ok(pack) => build.push(&pack)?,

@@ -123,7 +123,10 @@ impl<'a> Walk<'a> {
         }
         self.used.extend(node.liveness.0.keys());
         if union.is_some_and(|union| union != node.liveness) {
-            self.fault(&place.node, "its list of used blobs is not what its leaves use: do not prune");
+            self.fault(
+                &place.node,
+                "its list of used blobs is not what its leaves use: do not prune",
+            );
         }
     }
 
@@ -188,7 +191,10 @@ impl<'a> Walk<'a> {
         if child.first_key != first {
             self.fault(&place.node, "it begins with another key than its parent says");
         } else if (child.entries, child.bytes) != (entries, bytes) {
-            self.fault(&place.node, "it holds another number of entries or bytes than its parent says");
+            self.fault(
+                &place.node,
+                "it holds another number of entries or bytes than its parent says",
+            );
         }
     }
 

@@ -64,9 +64,7 @@ pub enum Compression {
 impl Compression {
     /// The one a stored byte names.
     pub fn from_byte(byte: u8) -> Option<Self> {
-        [Self::None, Self::Zstd]
-            .into_iter()
-            .find(|compression| *compression as u8 == byte)
+        [Self::None, Self::Zstd].into_iter().find(|compression| *compression as u8 == byte)
     }
 }
 
@@ -88,11 +86,7 @@ impl Compressor {
                 .and_then(|_| context.set_parameter(CParameter::ContentSizeFlag(true)))
                 .expect("zstd accepts every level within its documented range");
         }
-        Self {
-            level,
-            context,
-            output: Vec::new(),
-        }
+        Self { level, context, output: Vec::new() }
     }
 
     /// The stored form of `plain`: `None` if that is `plain` itself.
@@ -115,9 +109,7 @@ pub struct Decompressor {
 
 impl Default for Decompressor {
     fn default() -> Self {
-        Self {
-            context: zstd_safe::DCtx::create(),
-        }
+        Self { context: zstd_safe::DCtx::create() }
     }
 }
 
@@ -172,10 +164,7 @@ mod tests {
 
     fn noise(len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        blake3::Hasher::new()
-            .update(b"noise")
-            .finalize_xof()
-            .fill(&mut bytes);
+        blake3::Hasher::new().update(b"noise").finalize_xof().fill(&mut bytes);
         bytes
     }
 
@@ -200,16 +189,9 @@ mod tests {
         let mut output = Vec::new();
         let mut decompressor = Decompressor::default();
         for wrong in [0, 1, plain.len() - 1, plain.len() + 1] {
-            assert!(
-                decompressor
-                    .decompress(&stored, wrong, &mut output)
-                    .is_none(),
-                "{wrong}"
-            );
+            assert!(decompressor.decompress(&stored, wrong, &mut output).is_none(), "{wrong}");
         }
-        decompressor
-            .decompress(&stored, plain.len(), &mut output)
-            .unwrap();
+        decompressor.decompress(&stored, plain.len(), &mut output).unwrap();
         assert_eq!(output, plain);
     }
 

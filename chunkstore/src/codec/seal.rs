@@ -60,11 +60,9 @@ impl ObjectKind {
         use ObjectKind::{
             Config, DataPack, Forgotten, MetaPack, Segment, Session, Snapshot, Tombstones,
         };
-        [
-            Config, DataPack, MetaPack, Segment, Snapshot, Forgotten, Session, Tombstones,
-        ]
-        .into_iter()
-        .find(|kind| *kind as u8 == byte)
+        [Config, DataPack, MetaPack, Segment, Snapshot, Forgotten, Session, Tombstones]
+            .into_iter()
+            .find(|kind| *kind as u8 == byte)
     }
 
     fn class(self) -> usize {
@@ -130,10 +128,7 @@ impl Keyring {
             data_id: first.derive("ebackup repository v0 data blob ids"),
             node_id: first.derive("ebackup repository v0 node blob ids"),
             cut: first.derive("ebackup repository v0 cut points"),
-            classes: epochs
-                .iter()
-                .map(|epoch| CLASSES.map(|name| epoch.derive(name)))
-                .collect(),
+            classes: epochs.iter().map(|epoch| CLASSES.map(|name| epoch.derive(name))).collect(),
             epochs,
         })
     }
@@ -190,14 +185,10 @@ impl Header {
     /// # Errors
     /// `Corrupt` for bytes that are no header, `Unsupported` for one of another format version.
     pub fn decode(name: &str, bytes: &[u8]) -> Result<Self> {
-        let head: &[u8; HEADER_BYTES] = bytes
-            .first_chunk()
-            .ok_or_else(|| Error::corrupt(name, "it ends within its header"))?;
+        let head: &[u8; HEADER_BYTES] =
+            bytes.first_chunk().ok_or_else(|| Error::corrupt(name, "it ends within its header"))?;
         if head[0..8] != MAGIC {
-            return Err(Error::corrupt(
-                name,
-                "it does not begin like an object of ebackup",
-            ));
+            return Err(Error::corrupt(name, "it does not begin like an object of ebackup"));
         }
         let version = u16::from_le_bytes([head[8], head[9]]);
         if version != FORMAT_VERSION {
@@ -235,18 +226,9 @@ impl ObjectCipher {
             _ => random_bytes(),
         };
         let epoch = keys.classes.len() as u32 - 1;
-        let mut header = Header {
-            kind,
-            epoch,
-            salt,
-            commitment: [0; 32],
-        };
-        let (key, commitment) = derive(
-            &keys.classes[epoch as usize][kind.class()],
-            &header,
-            keys.repository,
-            name,
-        );
+        let mut header = Header { kind, epoch, salt, commitment: [0; 32] };
+        let (key, commitment) =
+            derive(&keys.classes[epoch as usize][kind.class()], &header, keys.repository, name);
         header.commitment = commitment;
         (header, Self { key })
     }
@@ -257,10 +239,7 @@ impl ObjectCipher {
     /// When the object is of another kind or epoch than can be, or is not the one of this name.
     pub fn open(keys: &Keyring, kind: ObjectKind, name: &str, header: &Header) -> Result<Self> {
         if header.kind != kind {
-            return Err(Error::corrupt(
-                name,
-                format!("it is a {:?}, not a {kind:?}", header.kind),
-            ));
+            return Err(Error::corrupt(name, format!("it is a {:?}, not a {kind:?}", header.kind)));
         }
         let class = keys
             .classes
@@ -293,9 +272,7 @@ impl ObjectCipher {
         aad: &[u8],
         sealed: &'a mut [u8],
     ) -> Option<&'a mut [u8]> {
-        self.key
-            .open_in_place(nonce(ordinal), Aad::from(aad), sealed)
-            .ok()
+        self.key.open_in_place(nonce(ordinal), Aad::from(aad), sealed).ok()
     }
 }
 
@@ -344,10 +321,7 @@ fn derive(
     name: &str,
 ) -> (LessSafeKey, [u8; 32]) {
     let mut hasher = blake3::Hasher::new_keyed(&master.0);
-    hasher
-        .update(&header.encode()[..32])
-        .update(&repository.0)
-        .update(name.as_bytes());
+    hasher.update(&header.encode()[..32]).update(&repository.0).update(name.as_bytes());
     split(hasher)
 }
 
@@ -383,10 +357,7 @@ mod tests {
         let open = |keys: &Keyring, kind, name: &str, object: &[u8]| {
             open_record(keys, kind, name, object.to_vec())
         };
-        assert_eq!(
-            open(&keys, ObjectKind::Session, "sessions/a", &object).unwrap(),
-            b"hello"
-        );
+        assert_eq!(open(&keys, ObjectKind::Session, "sessions/a", &object).unwrap(), b"hello");
         assert!(open(&keys, ObjectKind::Session, "sessions/b", &object).is_err());
         assert!(open(&keys, ObjectKind::Snapshot, "sessions/a", &object).is_err());
         let other = Keyring::new(RepositoryId([8; 16]), vec![Secret([1; 32])]).unwrap();
@@ -427,21 +398,11 @@ mod tests {
         input.extend_from_slice(&[7; 16]);
         input.extend_from_slice(b"tombstones/x");
         let mut output = [0; 64];
-        blake3::Hasher::new_keyed(&master)
-            .update(&input)
-            .finalize_xof()
-            .fill(&mut output);
+        blake3::Hasher::new_keyed(&master).update(&input).finalize_xof().fill(&mut output);
         assert_eq!(object[32..64], output[32..]);
         let cipher = aes_gcm::Aes256Gcm::new_from_slice(&output[..32]).unwrap();
-        let plain = cipher
-            .decrypt(
-                &[0; 12].into(),
-                Payload {
-                    msg: &object[64..],
-                    aad: &[],
-                },
-            )
-            .unwrap();
+        let plain =
+            cipher.decrypt(&[0; 12].into(), Payload { msg: &object[64..], aad: &[] }).unwrap();
         assert_eq!(plain, b"some bytes");
     }
 }

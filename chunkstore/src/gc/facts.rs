@@ -27,20 +27,11 @@ pub(super) fn packs(repository: &Repository, now: SystemTime) -> Result<Vec<Pack
     let mut packs = Vec::new();
     for class in [PackClass::Data, PackClass::Meta] {
         repository.store().list(class.folder(), &mut |meta| {
-            let id = meta
-                .key
-                .rsplit('/')
-                .next()
-                .and_then(|name| name.parse::<PackId>().ok());
+            let id = meta.key.rsplit('/').next().and_then(|name| name.parse::<PackId>().ok());
             // Only under its own name: another object of that name is not this pack.
             let id = id.filter(|id| class.object_name(*id) == meta.key);
             let age = age(&meta, now);
-            packs.extend(id.map(|id| PackFact {
-                class,
-                id,
-                size: meta.size,
-                age,
-            }));
+            packs.extend(id.map(|id| PackFact { class, id, size: meta.size, age }));
             Ok(())
         })?;
     }
@@ -85,26 +76,14 @@ pub(super) fn session(
     now: SystemTime,
 ) -> Result<Option<SessionFact>> {
     let name = record::session_name(id);
-    let read = record::read_json(
-        repository.store(),
-        repository.keys(),
-        ObjectKind::Session,
-        &name,
-    );
+    let read = record::read_json(repository.store(), repository.keys(), ObjectKind::Session, &name);
     let (purpose, writer, started) = match read {
-        Ok(Session {
-            purpose,
-            writer,
-            started,
-            ..
-        }) => (purpose, writer, Some(started)),
+        Ok(Session { purpose, writer, started, .. }) => (purpose, writer, Some(started)),
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         // Whoever it is, it has announced itself.
-        Err(error) if error.kind() == ErrorKind::Corrupt => (
-            "session".to_owned(),
-            "unknown (its announcement is damaged)".to_owned(),
-            None,
-        ),
+        Err(error) if error.kind() == ErrorKind::Corrupt => {
+            ("session".to_owned(), "unknown (its announcement is damaged)".to_owned(), None)
+        }
         Err(error) => return Err(error),
     };
     let age_secs = started
@@ -114,14 +93,7 @@ pub(super) fn session(
         .max(silent.as_secs());
     let decided = purpose != PURPOSE && is_decided(repository, id)?;
     let silent_secs = silent.as_secs();
-    Ok(Some(SessionFact {
-        id,
-        purpose,
-        writer,
-        silent_secs,
-        age_secs,
-        decided,
-    }))
+    Ok(Some(SessionFact { id, purpose, writer, silent_secs, age_secs, decided }))
 }
 
 /// Whether the session can commit no more: its verdict is there, or was, and is forgotten.
@@ -143,19 +115,11 @@ pub(super) fn generations(repository: &Repository) -> Result<Generations> {
     // Tombstones last: they are created first, so what has none is left over from a finished one.
     let mut others = Vec::new();
     for folder in [record::WAITS, record::DOOMED] {
-        others.extend(
-            repository
-                .list_ids(folder)?
-                .into_iter()
-                .map(|id| (folder, id)),
-        );
+        others.extend(repository.list_ids(folder)?.into_iter().map(|id| (folder, id)));
     }
     let ids = repository.list_ids(record::TOMBSTONES)?;
     others.retain(|(_, id)| !ids.contains(id));
-    let orphans = others
-        .into_iter()
-        .map(|(folder, id)| format!("{folder}{id}"))
-        .collect();
+    let orphans = others.into_iter().map(|(folder, id)| format!("{folder}{id}")).collect();
     let mut begun = Vec::new();
     for id in ids {
         let id = GenerationId(id.0);

@@ -36,17 +36,13 @@ impl Mark {
     pub(super) fn refresh(&mut self, repository: &Repository) -> Result<()> {
         // Snapshots first: one that is forgotten in between is then seen as forgotten.
         let ids = repository.list_ids(record::SNAPSHOTS)?;
-        let forgotten: HashSet<_> = repository
-            .list_ids(record::FORGOTTEN)?
-            .into_iter()
-            .collect();
+        let forgotten: HashSet<_> = repository.list_ids(record::FORGOTTEN)?.into_iter().collect();
         self.forgotten.clear();
         for id in ids {
             if forgotten.contains(&id) {
                 self.forgotten.push(id);
             } else if !self.snapshots.contains(&id) && !self.fenced.contains(&id) {
-                self.count(repository, id)
-                    .map_err(|error| unmarkable(id, error))?;
+                self.count(repository, id).map_err(|error| unmarkable(id, error))?;
             }
         }
         Ok(())
@@ -69,9 +65,7 @@ impl Mark {
 
     fn count_tree(&mut self, repository: &Repository, snapshot: &Snapshot) -> Result<()> {
         let Snapshot { root, level, .. } = snapshot;
-        let Self {
-            data, meta, nodes, ..
-        } = self;
+        let Self { data, meta, nodes, .. } = self;
         mark(meta, root.location());
         if *level == 0 {
             if nodes.insert(key(root))
@@ -84,10 +78,7 @@ impl Mark {
         }
         let mut visit = |node: &NodeRef| nodes.insert(key(node));
         for_each_node(repository, *root, *level, &mut visit, &mut |_, interior| {
-            interior
-                .children
-                .iter()
-                .for_each(|child| mark(meta, child.node.location()));
+            interior.children.iter().for_each(|child| mark(meta, child.node.location()));
             for (pack, blobs) in &interior.liveness.0 {
                 *data.entry(*pack).or_default() |= blobs;
             }

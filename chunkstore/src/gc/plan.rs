@@ -40,18 +40,8 @@ pub struct SessionFact {
 
 impl fmt::Display for SessionFact {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            id,
-            purpose,
-            writer,
-            ..
-        } = self;
-        write!(
-            f,
-            "{purpose} {} of {writer}, silent for {}",
-            id.short(),
-            span(self.silent_secs)
-        )
+        let Self { id, purpose, writer, .. } = self;
+        write!(f, "{purpose} {} of {writer}, silent for {}", id.short(), span(self.silent_secs))
     }
 }
 
@@ -129,10 +119,7 @@ pub struct PrunePlan {
 impl PrunePlan {
     /// Bytes that this plan sets out to free, of both classes.
     pub fn doomed_bytes(&self) -> u64 {
-        [self.data, self.meta]
-            .iter()
-            .map(|class| class.doomed_bytes + class.buried_bytes)
-            .sum()
+        [self.data, self.meta].iter().map(|class| class.doomed_bytes + class.buried_bytes).sum()
     }
 
     /// The announced sessions that have not ended.
@@ -150,13 +137,7 @@ pub(super) fn plan(facts: Facts<'_>, settings: &PruneSettings, at: jiff::Timesta
     let mut buried: Vec<PackId> = facts
         .generations
         .iter()
-        .flat_map(|generation| {
-            generation
-                .tombstones
-                .data
-                .iter()
-                .chain(&generation.tombstones.meta)
-        })
+        .flat_map(|generation| generation.tombstones.data.iter().chain(&generation.tombstones.meta))
         .copied()
         .collect();
     buried.sort_unstable();
@@ -175,11 +156,7 @@ pub(super) fn plan(facts: Facts<'_>, settings: &PruneSettings, at: jiff::Timesta
         data: ClassPlan::default(),
         meta: ClassPlan::default(),
         sessions: facts.sessions,
-        unfinished: facts
-            .generations
-            .iter()
-            .map(|generation| generation.id)
-            .collect(),
+        unfinished: facts.generations.iter().map(|generation| generation.id).collect(),
         tombstones: Tombstones::default(),
     };
     // One list must fit its object; the rest is for the next run.
@@ -216,27 +193,15 @@ pub(super) fn plan(facts: Facts<'_>, settings: &PruneSettings, at: jiff::Timesta
 
 impl fmt::Display for PrunePlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            snapshots,
-            forgotten,
-            ..
-        } = self;
+        let Self { snapshots, forgotten, .. } = self;
         writeln!(f, "snapshots  {snapshots} counted, {forgotten} forgotten")?;
         for (name, class) in [("data packs", &self.data), ("meta packs", &self.meta)] {
             let part = |packs, bytes| format!("{packs} ({})", Bytes(bytes));
             write!(f, "{name} {}", part(class.packs, class.bytes))?;
             write!(f, ": {} in use", part(class.used_packs, class.used_bytes))?;
-            write!(
-                f,
-                ", {} to be deleted",
-                part(class.doomed_packs, class.doomed_bytes)
-            )?;
+            write!(f, ", {} to be deleted", part(class.doomed_packs, class.doomed_bytes))?;
             if class.buried_packs > 0 {
-                write!(
-                    f,
-                    ", {} of earlier runs",
-                    part(class.buried_packs, class.buried_bytes)
-                )?;
+                write!(f, ", {} of earlier runs", part(class.buried_packs, class.buried_bytes))?;
             }
             if class.young_packs > 0 {
                 let young = part(class.young_packs, class.young_bytes);
@@ -266,24 +231,12 @@ mod tests {
     use super::*;
 
     fn pack(id: u8, class: PackClass, age: u64) -> PackFact {
-        PackFact {
-            class,
-            id: PackId([id; 16]),
-            size: 1 << 20,
-            age: Duration::from_secs(age),
-        }
+        PackFact { class, id: PackId([id; 16]), size: 1 << 20, age: Duration::from_secs(age) }
     }
 
     fn session(silent_secs: u64, age_secs: u64, decided: bool) -> SessionFact {
         let (purpose, writer) = ("backup".into(), "host x".into());
-        SessionFact {
-            id: SnapshotId([9; 16]),
-            purpose,
-            writer,
-            silent_secs,
-            age_secs,
-            decided,
-        }
+        SessionFact { id: SnapshotId([9; 16]), purpose, writer, silent_secs, age_secs, decided }
     }
 
     fn plan_with(sessions: Vec<SessionFact>) -> PrunePlan {
@@ -294,14 +247,8 @@ mod tests {
             pack(4, PackClass::Data, 100),
             pack(5, PackClass::Meta, 90_000),
         ];
-        let tombstones = Tombstones {
-            data: vec![PackId([2; 16])],
-            meta: Vec::new(),
-        };
-        let generations = [GenerationFact {
-            id: GenerationId([7; 16]),
-            tombstones,
-        }];
+        let tombstones = Tombstones { data: vec![PackId([2; 16])], meta: Vec::new() };
+        let generations = [GenerationFact { id: GenerationId([7; 16]), tombstones }];
         let facts = Facts {
             packs: &packs,
             used: &|_, id| u128::from(id.0[0] == 1),
@@ -310,10 +257,7 @@ mod tests {
             snapshots: 1,
             forgotten: 0,
         };
-        let settings = PruneSettings {
-            grace: Duration::from_secs(3600),
-            ..Default::default()
-        };
+        let settings = PruneSettings { grace: Duration::from_secs(3600), ..Default::default() };
         plan(facts, &settings, jiff::Timestamp::UNIX_EPOCH)
     }
 
@@ -326,34 +270,16 @@ mod tests {
     fn dead_packs_are_doomed_unless_buried_already() {
         let plan = plan_with(Vec::new());
         assert_eq!(doomed(&plan), [3, 4, 5]);
-        assert_eq!(
-            (
-                plan.data.used_packs,
-                plan.data.dead_packs,
-                plan.data.buried_packs
-            ),
-            (1, 3, 1)
-        );
+        assert_eq!((plan.data.used_packs, plan.data.dead_packs, plan.data.buried_packs), (1, 3, 1));
         assert_eq!(plan.doomed_bytes(), 4 << 20);
         let text = plan.to_string();
-        assert!(
-            text.contains("data packs 4 (4.0 MiB): 1 (1.0 MiB) in use"),
-            "{text}"
-        );
+        assert!(text.contains("data packs 4 (4.0 MiB): 1 (1.0 MiB) in use"), "{text}");
     }
 
     #[test]
     fn young_packs_are_spared_while_their_backup_may_run() {
         assert_eq!(doomed(&plan_with(vec![session(10, 300, false)])), [3, 5]);
-        assert_eq!(
-            doomed(&plan_with(vec![session(10, 300, true)])),
-            [3, 4, 5],
-            "it has ended"
-        );
-        assert_eq!(
-            doomed(&plan_with(vec![session(3601, 3700, false)])),
-            [3, 4, 5],
-            "it is dead"
-        );
+        assert_eq!(doomed(&plan_with(vec![session(10, 300, true)])), [3, 4, 5], "it has ended");
+        assert_eq!(doomed(&plan_with(vec![session(3601, 3700, false)])), [3, 4, 5], "it is dead");
     }
 }

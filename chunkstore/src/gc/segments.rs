@@ -40,10 +40,7 @@ pub(super) fn rewrite(repository: &Repository, doomed: &[PackId]) -> Result<Rewr
             result => return result.map(|()| done),
         }
     }
-    Err(Error::new(
-        ErrorKind::Store,
-        "the index keeps changing: run prune again",
-    ))
+    Err(Error::new(ErrorKind::Store, "the index keeps changing: run prune again"))
 }
 
 fn attempt(repository: &Repository, doomed: &[PackId], done: &mut Rewritten) -> Result<()> {
@@ -57,12 +54,7 @@ fn attempt(repository: &Repository, doomed: &[PackId], done: &mut Rewritten) -> 
     }
     let mut present = Vec::new();
     store.list(PackClass::Data.folder(), &mut |meta| {
-        present.extend(
-            meta.key
-                .rsplit('/')
-                .next()
-                .and_then(|name| name.parse::<PackId>().ok()),
-        );
+        present.extend(meta.key.rsplit('/').next().and_then(|name| name.parse::<PackId>().ok()));
         Ok(())
     })?;
     present.sort_unstable();
@@ -119,9 +111,7 @@ impl Rewritten {
 /// Whether no session is announced that may still write.
 pub(crate) fn is_quiet(repository: &Repository) -> Result<bool> {
     let sessions = facts::sessions(repository, std::time::UNIX_EPOCH)?;
-    Ok(sessions
-        .iter()
-        .all(|session| session.decided || session.purpose == PURPOSE))
+    Ok(sessions.iter().all(|session| session.decided || session.purpose == PURPOSE))
 }
 
 /// Whether the segment has a record that is not to be kept.

@@ -61,10 +61,7 @@ pub fn stats(repository: &Repository, progress: &dyn Fn(&str)) -> Result<Stats> 
     progress("marking what snapshots use");
     let mut mark = Mark::default();
     mark.refresh(repository)?;
-    let mut stats = Stats {
-        snapshots: mark.snapshots.len(),
-        ..Stats::default()
-    };
+    let mut stats = Stats { snapshots: mark.snapshots.len(), ..Stats::default() };
     progress("reading the tables of all packs");
     let (store, keys) = (repository.store(), repository.keys());
     for fact in &packs {
@@ -120,28 +117,14 @@ impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "snapshots  {}", self.snapshots)?;
         for (name, class) in [("data packs", &self.data), ("meta packs", &self.meta)] {
-            let ClassStats {
-                packs,
-                blobs,
-                used_blobs,
-                ..
-            } = class;
+            let ClassStats { packs, blobs, used_blobs, .. } = class;
             write!(f, "{name} {packs} ({}), ", Bytes(class.bytes))?;
-            write!(
-                f,
-                "{used_blobs} of {blobs} blobs in use ({}",
-                Bytes(class.used_bytes)
-            )?;
+            write!(f, "{used_blobs} of {blobs} blobs in use ({}", Bytes(class.used_bytes))?;
             writeln!(f, ", {} uncompressed)", Bytes(class.used_plain_bytes))?;
             write!(f, "           {} wholly in use, ", class.whole_packs)?;
             let unused = Bytes(class.partial_unused_bytes);
             write!(f, "{} partly ({unused} unused), ", class.partial_packs)?;
-            writeln!(
-                f,
-                "{} not at all ({})",
-                class.dead_packs,
-                Bytes(class.dead_bytes)
-            )?;
+            writeln!(f, "{} not at all ({})", class.dead_packs, Bytes(class.dead_bytes))?;
             if class.damaged_packs > 0 {
                 writeln!(f, "           {} damaged: run 'check'", class.damaged_packs)?;
             }

@@ -21,9 +21,7 @@ impl Filter {
     }
 
     pub(super) fn new(keys: usize) -> Self {
-        Self {
-            blocks: vec![0; Self::size(keys)],
-        }
+        Self { blocks: vec![0; Self::size(keys)] }
     }
 
     /// A stored filter; `None` if the length is impossible.
@@ -76,9 +74,7 @@ mod tests {
         let mut filter = Filter::new(10_000);
         (0..10_000).for_each(|n| filter.insert(id(n).0.first_chunk().unwrap()));
         assert!((0..10_000).all(|n| filter.may_contain(&id(n))));
-        let passed = (10_000..110_000)
-            .filter(|n| filter.may_contain(&id(*n)))
-            .count();
+        let passed = (10_000..110_000).filter(|n| filter.may_contain(&id(*n))).count();
         assert!(passed < 2500, "{passed} of 100,000");
         let again = Filter::from_bytes(filter.as_bytes().to_vec()).unwrap();
         assert!(again.may_contain(&id(1)));

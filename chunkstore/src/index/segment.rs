@@ -44,10 +44,7 @@ pub struct Record {
 impl Record {
     /// The record of blob `id`.
     pub fn new(id: &BlobId, location: Location) -> Self {
-        Self {
-            prefix: prefix(id),
-            location,
-        }
+        Self { prefix: prefix(id), location }
     }
 
     fn encode(&self, out: &mut Vec<u8>) {
@@ -61,10 +58,7 @@ impl Record {
         let prefix = decoder.array()?;
         let pack = PackId(decoder.array()?);
         let ordinal = decoder.u8()?;
-        Ok(Self {
-            prefix,
-            location: Location { pack, ordinal },
-        })
+        Ok(Self { prefix, location: Location { pack, ordinal } })
     }
 }
 
@@ -97,12 +91,8 @@ impl Footer {
         put_varint(&mut out, self.records);
         put_varint(&mut out, u64::from(self.filter_len));
         put_varint(&mut out, self.supersedes.len() as u64);
-        self.supersedes
-            .iter()
-            .for_each(|id| out.extend_from_slice(&id.0));
-        self.fences
-            .iter()
-            .for_each(|fence| out.extend_from_slice(&fence.to_le_bytes()));
+        self.supersedes.iter().for_each(|id| out.extend_from_slice(&id.0));
+        self.fences.iter().for_each(|fence| out.extend_from_slice(&fence.to_le_bytes()));
         out.extend_from_slice(&self.last);
         out
     }
@@ -125,21 +115,13 @@ impl Footer {
         if decoder.remaining() != blocks * 8 + 16 {
             return Err(DecodeError("its footer has an impossible length"));
         }
-        let fences = (0..blocks)
-            .map(|_| decoder.u64())
-            .collect::<DecodeResult<Vec<_>>>()?;
+        let fences = (0..blocks).map(|_| decoder.u64()).collect::<DecodeResult<Vec<_>>>()?;
         let last = decoder.array()?;
         decoder.finish()?;
         if !fences.is_sorted() {
             return Err(DecodeError("its blocks are not in order"));
         }
-        Ok(Self {
-            records,
-            filter_len,
-            supersedes,
-            fences,
-            last,
-        })
+        Ok(Self { records, filter_len, supersedes, fences, last })
     }
 }
 
@@ -161,13 +143,8 @@ impl SegmentWriter {
         let (header, cipher) = ObjectCipher::create(keys, ObjectKind::Segment, &object_name(id));
         let mut object = Vec::with_capacity(records.div_ceil(BLOCK_RECORDS) * BLOCK_BYTES + 4096);
         object.extend_from_slice(&header.encode());
-        let footer = Footer {
-            records: 0,
-            filter_len: 0,
-            supersedes,
-            fences: Vec::new(),
-            last: [0; 16],
-        };
+        let footer =
+            Footer { records: 0, filter_len: 0, supersedes, fences: Vec::new(), last: [0; 16] };
         Self {
             id,
             header,
@@ -199,8 +176,7 @@ impl SegmentWriter {
         let from = self.object.len();
         self.object.extend_from_slice(&self.block);
         let ordinal = self.footer.fences.len() as u32 - 1;
-        self.cipher
-            .seal(ordinal, b"records", &mut self.object, from);
+        self.cipher.seal(ordinal, b"records", &mut self.object, from);
         self.block.clear();
     }
 
@@ -223,12 +199,10 @@ impl SegmentWriter {
         let from = self.object.len();
         self.object.extend_from_slice(self.filter.as_bytes());
         self.footer.filter_len = (self.object.len() - from) as u32;
-        self.cipher
-            .seal(FILTER_ORDINAL, b"filter", &mut self.object, from);
+        self.cipher.seal(FILTER_ORDINAL, b"filter", &mut self.object, from);
         let from = self.object.len();
         self.object.extend_from_slice(&self.footer.encode());
-        self.cipher
-            .seal(FOOTER_ORDINAL, b"footer", &mut self.object, from);
+        self.cipher.seal(FOOTER_ORDINAL, b"footer", &mut self.object, from);
         let footer_len = (self.object.len() - from) as u32;
         self.object.extend_from_slice(&footer_len.to_le_bytes());
         self.object.extend_from_slice(&TAIL_MAGIC);
@@ -249,10 +223,7 @@ impl SegmentWriter {
                 .cipher
                 .open_part(block as u32, b"records", &mut sealed)
                 .ok_or_else(|| Error::corrupt(object_name(self.id), "memory is faulty"))?;
-            for record in plain
-                .chunks_exact(RECORD_BYTES)
-                .take(left.min(BLOCK_RECORDS))
-            {
+            for record in plain.chunks_exact(RECORD_BYTES).take(left.min(BLOCK_RECORDS)) {
                 filter.insert(record.first_chunk().expect("a record has 33 bytes"));
             }
             left = left.saturating_sub(BLOCK_RECORDS);
@@ -286,15 +257,11 @@ impl Segment {
         store.read_at(&name, 0, &mut head)?;
         let header = Header::decode(&name, &head)?;
         let cipher = ObjectCipher::open(keys, ObjectKind::Segment, &name, &header)?;
-        let footer_end = size
-            .checked_sub(12)
-            .ok_or_else(|| damaged("it is too short"))?;
+        let footer_end = size.checked_sub(12).ok_or_else(|| damaged("it is too short"))?;
         let mut tail = [0; 12];
         store.read_at(&name, footer_end, &mut tail)?;
         if tail[4..] != TAIL_MAGIC {
-            return Err(damaged(
-                "it does not end like a segment: it was cut off or extended",
-            ));
+            return Err(damaged("it does not end like a segment: it was cut off or extended"));
         }
         let footer_len = u64::from(u32::from_le_bytes([tail[0], tail[1], tail[2], tail[3]]));
         if footer_len > (FOOTER_BYTES_MAX + TAG_BYTES) as u64 || footer_len > footer_end {
@@ -306,18 +273,9 @@ impl Segment {
             .open_part(FOOTER_ORDINAL, b"footer", &mut sealed)
             .ok_or_else(|| damaged("its footer was changed"))?;
         let footer = Footer::decode(plain).map_err(|error| damaged(error.0))?;
-        let segment = Self {
-            id,
-            name,
-            cipher,
-            footer,
-            filter: None,
-        };
+        let segment = Self { id, name, cipher, footer, filter: None };
         if segment.filter_offset() + segment.filter_len() + footer_len + 12 != size {
-            return Err(Error::corrupt(
-                &segment.name,
-                "its size does not match its footer",
-            ));
+            return Err(Error::corrupt(&segment.name, "its size does not match its footer"));
         }
         Ok(segment)
     }
@@ -363,16 +321,10 @@ impl Segment {
             return;
         }
         let mut sealed = vec![0; len];
-        if store
-            .read_at(&self.name, self.filter_offset(), &mut sealed)
-            .is_err()
-        {
+        if store.read_at(&self.name, self.filter_offset(), &mut sealed).is_err() {
             return;
         }
-        let Some(plain) = self
-            .cipher
-            .open_part(FILTER_ORDINAL, b"filter", &mut sealed)
-        else {
+        let Some(plain) = self.cipher.open_part(FILTER_ORDINAL, b"filter", &mut sealed) else {
             return;
         };
         let len = plain.len();
@@ -406,19 +358,13 @@ impl Segment {
         if first < self.footer.fences[0] || key > self.footer.last {
             return None;
         }
-        if self
-            .filter
-            .as_ref()
-            .is_some_and(|filter| !filter.may_contain(id))
-        {
+        if self.filter.as_ref().is_some_and(|filter| !filter.may_contain(id)) {
             return None;
         }
         // The block before the first fence above the key; and should 64 bits be equal across a
         // block's end, the ones after it.
         let fences = &self.footer.fences;
-        let mut at = fences
-            .partition_point(|fence| *fence < first)
-            .saturating_sub(1);
+        let mut at = fences.partition_point(|fence| *fence < first).saturating_sub(1);
         while at < fences.len() && fences[at] <= first {
             let records = self.read_block(store, at, block).ok()?;
             if let Some(location) = find(records, &key) {
@@ -457,10 +403,7 @@ impl Segment {
     ) -> Result<()> {
         let mut block = Vec::new();
         for at in 0..self.footer.fences.len() {
-            for record in self
-                .read_block(store, at, &mut block)?
-                .chunks_exact(RECORD_BYTES)
-            {
+            for record in self.read_block(store, at, &mut block)?.chunks_exact(RECORD_BYTES) {
                 let record = Record::decode(record);
                 each(record.map_err(|error| Error::corrupt(&self.name, error))?)?;
             }
@@ -479,9 +422,7 @@ fn find(records: &[u8], key: &Prefix) -> Option<Location> {
             Ordering::Less => low = middle + 1,
             Ordering::Greater => high = middle,
             Ordering::Equal => {
-                return Record::decode(record(middle))
-                    .ok()
-                    .map(|record| record.location);
+                return Record::decode(record(middle)).ok().map(|record| record.location);
             }
         }
     }
@@ -529,20 +470,12 @@ pub fn merge(
 ) -> Result<Vec<SegmentId>> {
     let mut streams: Vec<_> = segments
         .iter()
-        .map(|segment| Stream {
-            segment,
-            next_block: 0,
-            records: Vec::new().into_iter(),
-        })
+        .map(|segment| Stream { segment, next_block: 0, records: Vec::new().into_iter() })
         .collect();
     let mut block = Vec::new();
     let mut heap = BinaryHeap::new();
     for (at, stream) in streams.iter_mut().enumerate() {
-        heap.extend(
-            stream
-                .next(store, &mut block)?
-                .map(|record| Reverse((record, at))),
-        );
+        heap.extend(stream.next(store, &mut block)?.map(|record| Reverse((record, at))));
     }
     let total: u64 = segments.iter().map(|segment| segment.len()).sum();
     let expected = (total as usize).min(SEGMENT_RECORDS_MAX);
@@ -555,11 +488,7 @@ pub fn merge(
     // only if a superseded segment stays valid until all are there. Hence the list goes into the
     // last one alone when there are several.
     while let Some(Reverse((record, at))) = heap.pop() {
-        heap.extend(
-            streams[at]
-                .next(store, &mut block)?
-                .map(|record| Reverse((record, at))),
-        );
+        heap.extend(streams[at].next(store, &mut block)?.map(|record| Reverse((record, at))));
         if last == Some(record) || !keep(&record) {
             continue;
         }

@@ -47,11 +47,7 @@ pub const TARGETS: [(&str, Target); 12] = [
 const PACK: PackId = PackId([5; 16]);
 const SEGMENT: SegmentId = SegmentId([6; 16]);
 const CUT: [u8; 32] = [8; 32];
-const SMALL: ChunkerConfig = ChunkerConfig::Fastcdc {
-    min: 4096,
-    avg: 8192,
-    max: 16_384,
-};
+const SMALL: ChunkerConfig = ChunkerConfig::Fastcdc { min: 4096, avg: 8192, max: 16_384 };
 
 fn keys() -> Keyring {
     Keyring::new(RepositoryId([7; 16]), vec![Secret([1; 32])]).expect("one epoch is enough")
@@ -188,7 +184,9 @@ pub fn pack_sealed(data: &[u8]) -> bool {
 
 /// The plaintext of every record that is JSON.
 pub fn record(data: &[u8]) -> bool {
-    fn accepts<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(data: &[u8]) -> Option<T> {
+    fn accepts<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(
+        data: &[u8],
+    ) -> Option<T> {
         let value: T = serde_json::from_slice(data).ok()?;
         let again = serde_json::to_vec(&value).expect("records are plain data");
         assert_eq!(serde_json::from_slice::<T>(&again).ok().as_ref(), Some(&value));
@@ -372,10 +370,7 @@ fn sample_segment(keys: &Keyring) -> (Vec<u8>, Vec<u8>) {
     footer.extend_from_slice(&u64::from_be_bytes([1; 8]).to_le_bytes());
     footer.extend_from_slice(&[2; 16]);
     for byte in [1, 2] {
-        let location = Location {
-            pack: PACK,
-            ordinal: byte,
-        };
+        let location = Location { pack: PACK, ordinal: byte };
         writer.push(&Record::new(&BlobId([byte; 32]), location));
     }
     writer.finish(&store).expect("memory does not fail");
@@ -387,10 +382,7 @@ fn sample_segment(keys: &Keyring) -> (Vec<u8>, Vec<u8>) {
 fn sample_entries() -> Vec<Entry> {
     let blob = |byte: u8| crate::tree::BlobRef {
         id: BlobId([byte; 32]),
-        location: Location {
-            pack: PackId([byte / 2; 16]),
-            ordinal: byte,
-        },
+        location: Location { pack: PackId([byte / 2; 16]), ordinal: byte },
         len: 1000,
     };
     let node = |kind, size, content| Node {
@@ -399,14 +391,8 @@ fn sample_entries() -> Vec<Entry> {
         uid: 1000,
         gid: 100,
         size,
-        mtime: Timestamp {
-            seconds: -5,
-            nanos: 999_999_999,
-        },
-        ctime: Timestamp {
-            seconds: 1_700_000_000,
-            nanos: 0,
-        },
+        mtime: Timestamp { seconds: -5, nanos: 999_999_999 },
+        ctime: Timestamp { seconds: 1_700_000_000, nanos: 0 },
         ino: 12,
         fs: 0,
         linked: false,
@@ -414,15 +400,8 @@ fn sample_entries() -> Vec<Entry> {
         xattrs: Vec::new(),
         content,
     };
-    let chunk = |offset, byte| Chunk {
-        offset,
-        blob: blob(byte),
-    };
-    let part = Content::Part {
-        bundle: blob(1),
-        offset: 10,
-        hash: [4; 16],
-    };
+    let chunk = |offset, byte| Chunk { offset, blob: blob(byte) };
+    let part = Content::Part { bundle: blob(1), offset: 10, hash: [4; 16] };
     let mut attributed = node(Kind::File, 0, Content::None);
     attributed.xattrs = vec![(b"user.a".to_vec(), b"b".to_vec())];
     let mut entries = vec![

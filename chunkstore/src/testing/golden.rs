@@ -41,10 +41,7 @@ fn bytes(seed: u64, len: usize) -> Vec<u8> {
         let text = format!("line {seed} of a text that is the same again and again\n");
         bytes.iter_mut().zip(text.bytes().cycle()).for_each(|(to, from)| *to = from);
     } else {
-        blake3::Hasher::new()
-            .update(&seed.to_le_bytes())
-            .finalize_xof()
-            .fill(&mut bytes);
+        blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
     }
     bytes
 }
@@ -53,24 +50,15 @@ fn bytes(seed: u64, len: usize) -> Vec<u8> {
 ///
 /// # Errors
 /// Those of `store`.
-pub fn entries(
-    round: u64,
-    store: &mut dyn FnMut(&[u8]) -> Result<BlobRef>,
-) -> Result<Vec<Entry>> {
+pub fn entries(round: u64, store: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) -> Result<Vec<Entry>> {
     let node = |kind, size, content| Node {
         kind,
         mode: 0o640 + round as u32,
         uid: 1000,
         gid: 100,
         size,
-        mtime: Timestamp {
-            seconds: -1,
-            nanos: 999_999_999,
-        },
-        ctime: Timestamp {
-            seconds: 1_790_000_000,
-            nanos: 1,
-        },
+        mtime: Timestamp { seconds: -1, nanos: 999_999_999 },
+        ctime: Timestamp { seconds: 1_790_000_000, nanos: 1 },
         ino: 77,
         fs: 0,
         linked: false,
@@ -80,21 +68,14 @@ pub fn entries(
     };
     let file = |size, content| node(Kind::File, size, content);
     let bundle = store(&[bytes(2, 3000), bytes(3 + 2 * round, 2000)].concat())?;
-    let part = |offset, hash: u8| Content::Part {
-        bundle,
-        offset,
-        hash: [hash; 16],
-    };
+    let part = |offset, hash: u8| Content::Part { bundle, offset, hash: [hash; 16] };
     let mut chunks = Vec::new();
     for (at, seed) in [4, 5, 6 + round].into_iter().enumerate() {
         let blob = store(&bytes(seed, 6000))?;
         let offset = at as u64 * 10_000;
         chunks.push(Chunk { offset, blob });
     }
-    let extent = Chunk {
-        offset: 70 << 20,
-        blob: store(&bytes(8, 9000))?,
-    };
+    let extent = Chunk { offset: 70 << 20, blob: store(&bytes(8, 9000))? };
     let mut attributed = file(0, Content::None);
     attributed.xattrs = vec![(b"user.name".to_vec(), b"value".to_vec())];
     attributed.linked = true;
@@ -150,7 +131,8 @@ pub fn manifest(repository: &Repository) -> Result<String> {
             }
             for blob in entry.blobs() {
                 let (store, keys) = (repository.store(), repository.keys());
-                let pack = repository.packs(PackClass::Data).get(store, keys, blob.location.pack)?;
+                let pack =
+                    repository.packs(PackClass::Data).get(store, keys, blob.location.pack)?;
                 pack.read(store, keys, blob.location.ordinal, &blob.id, &mut scratch)?;
                 let hash = blake3::hash(&scratch.plain).to_hex();
                 line(format!("  blob of {} bytes: {hash}", scratch.plain.len()));

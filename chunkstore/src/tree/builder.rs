@@ -38,11 +38,7 @@ struct Level {
 
 impl Level {
     fn new(level: u8) -> Self {
-        let node = Interior {
-            level,
-            children: Vec::new(),
-            liveness: Liveness::default(),
-        };
+        let node = Interior { level, children: Vec::new(), liveness: Liveness::default() };
         Self { node, key_bytes: 0 }
     }
 }
@@ -50,13 +46,7 @@ impl Level {
 impl<'a> TreeBuilder<'a> {
     /// A builder that stores nodes in `sink` and ends them where the repository's secret `cut` says.
     pub fn new(sink: &'a dyn NodeSink, cut: &'a [u8; 32]) -> Self {
-        Self {
-            sink,
-            cut,
-            leaf: LeafEncoder::default(),
-            levels: Vec::new(),
-            last_key: None,
-        }
+        Self { sink, cut, leaf: LeafEncoder::default(), levels: Vec::new(), last_key: None }
     }
 
     /// Adds an entry, which follows all others.
@@ -145,20 +135,13 @@ impl<'a> TreeBuilder<'a> {
         let leaf = std::mem::take(&mut self.leaf);
         let node = self.sink.store_node(BlobKind::Leaf, &leaf.encode())?;
         let (entries, bytes) = (leaf.count() as u64, leaf.bytes);
-        let child = ChildRef {
-            first_key: leaf.first_key,
-            node,
-            entries,
-            bytes,
-        };
+        let child = ChildRef { first_key: leaf.first_key, node, entries, bytes };
         self.push_child(1, child, &leaf.liveness)
     }
 
     fn push_child(&mut self, level: u8, child: ChildRef, liveness: &Liveness) -> Result<()> {
         if level > TREE_LEVELS_MAX {
-            return Err(Error::invalid(
-                "the tree has more entries than the format can hold",
-            ));
+            return Err(Error::invalid("the tree has more entries than the format can hold"));
         }
         if self.levels.len() < usize::from(level) {
             self.levels.push(Level::new(level));
@@ -185,7 +168,7 @@ impl<'a> TreeBuilder<'a> {
         let child = ChildRef {
             node: reference,
             entries: node.children.iter().map(|child| child.entries).sum(),
-            bytes: node.children.iter().map(|child| child.bytes).sum(),
+            bytes: node.children.iter().fold(0, |sum, child| sum.saturating_add(child.bytes)),
             first_key: node
                 .children
                 .into_iter()

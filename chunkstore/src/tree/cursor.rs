@@ -63,13 +63,7 @@ enum State {
 impl<'a> TreeCursor<'a> {
     /// A cursor before the first leaf of the tree with this root, of which `level` is the height.
     pub fn new(source: &'a dyn NodeSource, root: NodeRef, level: u8) -> Self {
-        Self {
-            source,
-            root,
-            level,
-            path: Vec::new(),
-            state: State::Start,
-        }
+        Self { source, root, level, path: Vec::new(), state: State::Start }
     }
 
     /// Moves the cursor before the leaf that holds the first key not below `key`.
@@ -86,9 +80,7 @@ impl<'a> TreeCursor<'a> {
         let mut node = self.root;
         for level in (1..=check_level(&self.root, self.level)?).rev() {
             let interior = load_interior(self.source, &node, level)?;
-            let at = interior
-                .children
-                .partition_point(|child| child.first_key[..] <= *key);
+            let at = interior.children.partition_point(|child| child.first_key[..] <= *key);
             let at = at.saturating_sub(1);
             node = interior.children[at].node;
             self.path.push((interior, at + 1));
@@ -110,42 +102,24 @@ impl<'a> TreeCursor<'a> {
         if self.level == 0 {
             self.state = State::End;
             let leaf = load_leaf(self.source, &self.root)?;
-            let first_key = leaf
-                .entries
-                .first()
-                .map(|entry| entry.key.clone())
-                .unwrap_or_default();
+            let first_key = leaf.entries.first().map(|entry| entry.key.clone()).unwrap_or_default();
             let child = ChildRef {
                 first_key,
                 node: self.root,
                 entries: leaf.entries.len() as u64,
                 bytes: 0,
             };
-            return Ok(Some(LeafAt {
-                leaf,
-                child,
-                is_last: true,
-            }));
+            return Ok(Some(LeafAt { leaf, child, is_last: true }));
         }
         let Some(child) = self.next_child()? else {
             return Ok(None);
         };
-        let is_last = self
-            .path
-            .iter()
-            .all(|(node, next)| *next == node.children.len());
+        let is_last = self.path.iter().all(|(node, next)| *next == node.children.len());
         let leaf = load_leaf(self.source, &child.node)?;
         if leaf.entries.first().map(|entry| &entry.key) != Some(&child.first_key) {
-            return Err(damaged(
-                &child.node,
-                "it begins with another key than its parent says",
-            ));
+            return Err(damaged(&child.node, "it begins with another key than its parent says"));
         }
-        Ok(Some(LeafAt {
-            leaf,
-            child,
-            is_last,
-        }))
+        Ok(Some(LeafAt { leaf, child, is_last }))
     }
 
     /// The next reference to a leaf, in trees with interior nodes.
@@ -199,11 +173,7 @@ pub struct EntryCursor<'a> {
 impl<'a> EntryCursor<'a> {
     /// The entries from where `leaves` stands.
     pub fn new(leaves: TreeCursor<'a>) -> Self {
-        Self {
-            leaves,
-            current: None,
-            at: 0,
-        }
+        Self { leaves, current: None, at: 0 }
     }
 
     /// Moves before the first entry whose key is not below `key`.
@@ -213,10 +183,7 @@ impl<'a> EntryCursor<'a> {
     pub fn seek(&mut self, key: &[u8]) -> Result<()> {
         self.leaves.seek(key)?;
         self.current = self.leaves.next_leaf()?.map(Arc::new);
-        let entries = self
-            .current
-            .as_ref()
-            .map_or(&[][..], |leaf| &leaf.leaf.entries);
+        let entries = self.current.as_ref().map_or(&[][..], |leaf| &leaf.leaf.entries);
         self.at = entries.partition_point(|entry| entry.key[..] < *key);
         Ok(())
     }
@@ -226,11 +193,7 @@ impl<'a> EntryCursor<'a> {
     /// # Errors
     /// When a node cannot be read; the unreadable part is skipped.
     pub fn peek_at(&mut self) -> Result<Option<(&Arc<LeafAt>, usize)>> {
-        while self
-            .current
-            .as_ref()
-            .is_none_or(|leaf| self.at >= leaf.leaf.entries.len())
-        {
+        while self.current.as_ref().is_none_or(|leaf| self.at >= leaf.leaf.entries.len()) {
             self.at = 0;
             self.current = None;
             match self.leaves.next_leaf()? {

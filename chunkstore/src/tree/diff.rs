@@ -79,9 +79,7 @@ fn take(cursor: &mut EntryCursor<'_>) -> Result<Option<(Entry, blake3::Hash)>> {
     let mut extents = blake3::Hasher::new();
     while let Some(Body::Extent(chunks)) = cursor.peek()?.map(|entry| &entry.body) {
         for chunk in chunks {
-            extents
-                .update(&chunk.offset.to_le_bytes())
-                .update(&chunk.blob.id.0);
+            extents.update(&chunk.offset.to_le_bytes()).update(&chunk.blob.id.0);
         }
         cursor.advance();
     }

@@ -28,9 +28,7 @@ impl Kind {
     /// The kind with this number.
     pub fn from_byte(byte: u8) -> Option<Self> {
         use Kind::{BlockDevice, CharDevice, Dir, Fifo, File, Socket, Symlink};
-        [File, Dir, Symlink, Fifo, Socket, CharDevice, BlockDevice]
-            .get(usize::from(byte))
-            .copied()
+        [File, Dir, Symlink, Fifo, Socket, CharDevice, BlockDevice].get(usize::from(byte)).copied()
     }
 }
 
@@ -171,10 +169,7 @@ impl Entry {
 
     /// The path, with `/` between components.
     pub fn path(&self) -> Vec<u8> {
-        self.key
-            .iter()
-            .map(|byte| if *byte == 0 { b'/' } else { *byte })
-            .collect()
+        self.key.iter().map(|byte| if *byte == 0 { b'/' } else { *byte }).collect()
     }
 }
 

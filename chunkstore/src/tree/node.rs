@@ -27,10 +27,7 @@ pub struct NodeRef {
 impl NodeRef {
     /// Where the node lies.
     pub fn location(&self) -> Location {
-        Location {
-            pack: self.pack,
-            ordinal: self.ordinal,
-        }
+        Location { pack: self.pack, ordinal: self.ordinal }
     }
 }
 
@@ -55,10 +52,7 @@ impl Liveness {
 
     /// Marks everything used that `other` does.
     pub fn union(&mut self, other: &Self) {
-        other
-            .0
-            .iter()
-            .for_each(|(pack, blobs)| *self.0.entry(*pack).or_default() |= blobs);
+        other.0.iter().for_each(|(pack, blobs)| *self.0.entry(*pack).or_default() |= blobs);
     }
 }
 
@@ -147,13 +141,7 @@ impl LeafEncoder {
             self.first_key.clone_from(&entry.key);
         }
         self.count += 1;
-        let shared = self
-            .state
-            .key
-            .iter()
-            .zip(&entry.key)
-            .take_while(|(a, b)| a == b)
-            .count();
+        let shared = self.state.key.iter().zip(&entry.key).take_while(|(a, b)| a == b).count();
         put_varint(&mut self.entries, shared as u64);
         put_bytes(&mut self.entries, &entry.key[shared..]);
         self.state.key.clone_from(&entry.key);
@@ -180,21 +168,12 @@ impl LeafEncoder {
             put_varint(&mut self.entries, u64::from(node.gid));
             self.state.owner = owner;
         }
-        put_signed(
-            &mut self.entries,
-            node.mtime.seconds.wrapping_sub(self.state.mtime),
-        );
+        put_signed(&mut self.entries, node.mtime.seconds.wrapping_sub(self.state.mtime));
         put_varint(&mut self.entries, u64::from(node.mtime.nanos));
         self.state.mtime = node.mtime.seconds;
-        put_signed(
-            &mut self.entries,
-            node.ctime.seconds.wrapping_sub(node.mtime.seconds),
-        );
+        put_signed(&mut self.entries, node.ctime.seconds.wrapping_sub(node.mtime.seconds));
         put_varint(&mut self.entries, u64::from(node.ctime.nanos));
-        put_signed(
-            &mut self.entries,
-            node.ino.wrapping_sub(self.state.ino) as i64,
-        );
+        put_signed(&mut self.entries, node.ino.wrapping_sub(self.state.ino) as i64);
         self.state.ino = node.ino;
         put_varint(&mut self.entries, u64::from(node.fs));
         if matches!(node.kind, Kind::CharDevice | Kind::BlockDevice) {
@@ -213,7 +192,7 @@ impl LeafEncoder {
             self.push_content(node);
         }
         if node.kind == Kind::File {
-            self.bytes += node.size;
+            self.bytes = self.bytes.saturating_add(node.size);
         }
     }
 
@@ -224,19 +203,12 @@ impl LeafEncoder {
                 self.entries.push(CONTENT_INLINE);
                 put_bytes(&mut self.entries, bytes);
             }
-            Content::Part {
-                bundle,
-                offset,
-                hash,
-            } => {
+            Content::Part { bundle, offset, hash } => {
                 self.entries.push(CONTENT_PART);
                 self.entries.extend_from_slice(hash);
                 self.push_blob(bundle);
                 let offset = u64::from(*offset);
-                put_signed(
-                    &mut self.entries,
-                    offset.wrapping_sub(self.state.part_end) as i64,
-                );
+                put_signed(&mut self.entries, offset.wrapping_sub(self.state.part_end) as i64);
                 self.state.part_end = offset + node.size;
             }
             Content::Chunks(chunks) => {
@@ -259,10 +231,7 @@ impl LeafEncoder {
 
     fn push_blob(&mut self, blob: &BlobRef) {
         let number = self.blob_number(blob);
-        put_signed(
-            &mut self.entries,
-            i64::from(number) - i64::from(self.state.blob),
-        );
+        put_signed(&mut self.entries, i64::from(number) - i64::from(self.state.blob));
         self.state.blob = number;
     }
 
@@ -294,9 +263,7 @@ impl LeafEncoder {
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(self.encoded_len() + 16);
         put_varint(&mut out, self.packs.len() as u64);
-        self.packs
-            .iter()
-            .for_each(|pack| out.extend_from_slice(&pack.0));
+        self.packs.iter().for_each(|pack| out.extend_from_slice(&pack.0));
         put_varint(&mut out, self.blob_numbers.len() as u64);
         out.extend_from_slice(&self.blobs);
         put_varint(&mut out, self.count as u64);
@@ -317,27 +284,14 @@ pub fn decode_leaf(bytes: &[u8]) -> DecodeResult<Leaf> {
     for _ in 0..count {
         let id = BlobId(decoder.array()?);
         let location = decode_location(&mut decoder, &packs)?;
-        blobs.push(BlobRef {
-            id,
-            location,
-            len: decoder.varint_u32()?,
-        });
+        blobs.push(BlobRef { id, location, len: decoder.varint_u32()? });
     }
     let count = decoder.count(3)?;
     let mut entries = Vec::with_capacity(count);
-    let mut reader = LeafReader {
-        decoder,
-        blobs,
-        state: Previous::default(),
-    };
+    let mut reader = LeafReader { decoder, blobs, state: Previous::default() };
     for at in 0..count {
         let entry = reader.entry()?;
-        if at > 0
-            && entry.key
-                <= entries
-                    .last()
-                    .map_or(vec![], |last: &Entry| last.key.clone())
-        {
+        if at > 0 && entry.key <= entries.last().map_or(vec![], |last: &Entry| last.key.clone()) {
             return Err(DecodeError("its entries are not in order"));
         }
         entries.push(entry);
@@ -353,9 +307,7 @@ fn decode_packs(decoder: &mut Decoder<'_>) -> DecodeResult<Vec<PackId>> {
 
 fn decode_location(decoder: &mut Decoder<'_>, packs: &[PackId]) -> DecodeResult<Location> {
     let pack = decoder.varint_u32()? as usize;
-    let pack = *packs
-        .get(pack)
-        .ok_or(DecodeError("a reference names no pack"))?;
+    let pack = *packs.get(pack).ok_or(DecodeError("a reference names no pack"))?;
     let ordinal = decoder.u8()?;
     if usize::from(ordinal) >= PACK_BLOBS_MAX {
         return Err(DecodeError("a reference names an impossible place"));
@@ -384,10 +336,7 @@ impl LeafReader<'_> {
         } else {
             Body::Node(self.node(tag)?)
         };
-        Ok(Entry {
-            key: self.state.key.clone(),
-            body,
-        })
+        Ok(Entry { key: self.state.key.clone(), body })
     }
 
     fn node(&mut self, tag: u8) -> DecodeResult<Node> {
@@ -395,11 +344,7 @@ impl LeafReader<'_> {
         let kind = kind.ok_or(DecodeError("an entry is of an unknown kind"))?;
         let decoder = &mut self.decoder;
         if tag & TAG_SAME_OWNER == 0 {
-            let owner = (
-                decoder.varint_u32()?,
-                decoder.varint_u32()?,
-                decoder.varint_u32()?,
-            );
+            let owner = (decoder.varint_u32()?, decoder.varint_u32()?, decoder.varint_u32()?);
             if owner.0 > 0o7777 {
                 return Err(DecodeError("permission bits are impossible"));
             }
@@ -418,11 +363,7 @@ impl LeafReader<'_> {
             Kind::CharDevice | Kind::BlockDevice => (decoder.varint_u32()?, decoder.varint_u32()?),
             _ => (0, 0),
         };
-        let xattrs = if tag & TAG_XATTRS == 0 {
-            Vec::new()
-        } else {
-            xattrs(decoder)?
-        };
+        let xattrs = if tag & TAG_XATTRS == 0 { Vec::new() } else { xattrs(decoder)? };
         let (size, content) = match kind {
             Kind::File | Kind::Symlink => {
                 let size = self.decoder.varint()?;
@@ -454,28 +395,17 @@ impl LeafReader<'_> {
             CONTENT_INLINE => {
                 let bytes = self.decoder.bytes()?;
                 if bytes.len() as u64 != size {
-                    return Err(DecodeError(
-                        "inline content has another length than the file",
-                    ));
+                    return Err(DecodeError("inline content has another length than the file"));
                 }
                 Content::Inline(bytes.to_vec())
             }
             CONTENT_PART => {
                 let hash = self.decoder.array()?;
                 let bundle = self.blob()?;
-                let offset = self
-                    .state
-                    .part_end
-                    .wrapping_add(self.decoder.signed()? as u64);
-                let end = offset
-                    .checked_add(size)
-                    .filter(|end| *end <= u64::from(bundle.len));
+                let offset = self.state.part_end.wrapping_add(self.decoder.signed()? as u64);
+                let end = offset.checked_add(size).filter(|end| *end <= u64::from(bundle.len));
                 self.state.part_end = end.ok_or(DecodeError("a file exceeds its bundle"))?;
-                Content::Part {
-                    bundle,
-                    offset: offset as u32,
-                    hash,
-                }
+                Content::Part { bundle, offset: offset as u32, hash }
             }
             CONTENT_CHUNKS => {
                 let chunks = self.chunks()?;
@@ -500,9 +430,7 @@ impl LeafReader<'_> {
         for _ in 0..count {
             let gap = self.decoder.varint()?;
             let blob = self.blob()?;
-            let offset = end
-                .checked_add(gap)
-                .ok_or(DecodeError("an offset is impossible"))?;
+            let offset = end.checked_add(gap).ok_or(DecodeError("an offset is impossible"))?;
             end = offset
                 .checked_add(u64::from(blob.len))
                 .ok_or(DecodeError("an offset is impossible"))?;
@@ -516,8 +444,7 @@ impl LeafReader<'_> {
         let number = number.and_then(|number| u32::try_from(number).ok());
         let blob = number.and_then(|number| self.blobs.get(number as usize));
         self.state.blob = number.unwrap_or_default();
-        blob.copied()
-            .ok_or(DecodeError("a reference names no blob"))
+        blob.copied().ok_or(DecodeError("a reference names no blob"))
     }
 }
 
@@ -561,11 +488,7 @@ impl Interior {
         put_varint(&mut out, self.children.len() as u64);
         let mut previous: &[u8] = &[];
         for child in &self.children {
-            let shared = previous
-                .iter()
-                .zip(&child.first_key)
-                .take_while(|(a, b)| a == b)
-                .count();
+            let shared = previous.iter().zip(&child.first_key).take_while(|(a, b)| a == b).count();
             put_varint(&mut out, shared as u64);
             put_bytes(&mut out, &child.first_key[shared..]);
             out.extend_from_slice(&child.node.id.0);
@@ -611,12 +534,7 @@ pub fn decode_interior(bytes: &[u8]) -> DecodeResult<Interior> {
         let id = BlobId(decoder.array()?);
         let Location { pack, ordinal } = decode_location(&mut decoder, &packs)?;
         let (entries, bytes) = (decoder.varint()?, decoder.varint()?);
-        children.push(ChildRef {
-            first_key,
-            node: NodeRef { id, pack, ordinal },
-            entries,
-            bytes,
-        });
+        children.push(ChildRef { first_key, node: NodeRef { id, pack, ordinal }, entries, bytes });
     }
     if children.is_empty() {
         return Err(DecodeError("it has no children"));
@@ -625,20 +543,11 @@ pub fn decode_interior(bytes: &[u8]) -> DecodeResult<Interior> {
     for _ in 0..decoder.count(32)? {
         let pack = PackId(decoder.array()?);
         let blobs = u128::from_le_bytes(decoder.array()?);
-        if blobs == 0
-            || liveness
-                .0
-                .last_key_value()
-                .is_some_and(|(last, _)| *last >= pack)
-        {
+        if blobs == 0 || liveness.0.last_key_value().is_some_and(|(last, _)| *last >= pack) {
             return Err(DecodeError("its list of packs is not in order"));
         }
         liveness.0.insert(pack, blobs);
     }
     decoder.finish()?;
-    Ok(Interior {
-        level,
-        children,
-        liveness,
-    })
+    Ok(Interior { level, children, liveness })
 }

@@ -62,18 +62,13 @@ pub(crate) fn open(store: Arc<dyn ObjectStore>) -> Arc<Repository> {
 /// Incompressible bytes that follow from `seed`.
 pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
-    blake3::Hasher::new()
-        .update(&seed.to_le_bytes())
-        .finalize_xof()
-        .fill(&mut bytes);
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
     bytes
 }
 
 /// `count` files of `len` bytes that no other seed has.
 pub(crate) fn files(seed: u64, count: usize, len: usize) -> Files {
-    (0..count)
-        .map(|n| (format!("f{n:05}"), noise(seed * 1_000_000 + n as u64, len)))
-        .collect()
+    (0..count).map(|n| (format!("f{n:05}"), noise(seed * 1_000_000 + n as u64, len))).collect()
 }
 
 pub(crate) fn settings() -> WriterSettings {
@@ -89,12 +84,8 @@ pub(crate) fn settings() -> WriterSettings {
 
 pub(crate) fn begin(repository: &Arc<Repository>) -> Result<Writer> {
     let started = now(repository.store());
-    let session = Session {
-        purpose: "backup".into(),
-        writer: "host x".into(),
-        started,
-        heartbeat: 0,
-    };
+    let session =
+        Session { purpose: "backup".into(), writer: "host x".into(), started, heartbeat: 0 };
     Writer::begin(repository.clone(), settings(), &session)
 }
 
@@ -127,10 +118,7 @@ pub(crate) fn fill(writer: &Writer, repository: &Repository, files: &Files) -> R
             let mut chunks = Vec::new();
             for (at, part) in bytes.chunks(CHUNK).enumerate() {
                 let blob = writer.store_data(&mut compressor, part)?;
-                chunks.push(Chunk {
-                    offset: (at * CHUNK) as u64,
-                    blob,
-                });
+                chunks.push(Chunk { offset: (at * CHUNK) as u64, blob });
             }
             Content::Chunks(chunks)
         };
@@ -172,9 +160,7 @@ pub(crate) fn read_back(repository: &Repository, snapshot: &Snapshot) -> Result<
             bytes.extend_from_slice(inline);
         }
         for blob in entry.blobs() {
-            let pack = repository
-                .packs(PackClass::Data)
-                .get(store, keys, blob.location.pack)?;
+            let pack = repository.packs(PackClass::Data).get(store, keys, blob.location.pack)?;
             pack.read(store, keys, blob.location.ordinal, &blob.id, &mut scratch)?;
             bytes.extend_from_slice(&scratch.plain);
         }

@@ -22,11 +22,7 @@ enum Item {
     /// Complete.
     Ready(Entry),
     /// Consecutive unchanged entries of a leaf of the parent.
-    Run {
-        leaf: Arc<LeafAt>,
-        from: usize,
-        to: usize,
-    },
+    Run { leaf: Arc<LeafAt>, from: usize, to: usize },
     /// Waits for its content.
     Waiting { key: Vec<u8> },
     /// Another name of a file met before.
@@ -102,14 +98,7 @@ impl<'a> Assembler<'a> {
         }
         // A run keeps its whole leaf in memory; a leaf encodes to at most about 64 KiB.
         let bytes = if at == 0 { 64 << 10 } else { 16 << 10 };
-        self.append(
-            Item::Run {
-                leaf: leaf.clone(),
-                from: at,
-                to: at + 1,
-            },
-            bytes - ITEM_BYTES,
-        );
+        self.append(Item::Run { leaf: leaf.clone(), from: at, to: at + 1 }, bytes - ITEM_BYTES);
     }
 
     /// Appends a place for an entry whose content is being read.
@@ -140,10 +129,9 @@ impl<'a> Assembler<'a> {
     pub(super) fn resolve(&mut self, ticket: Ticket, node: Option<Node>) {
         let place = &mut self.queue[(ticket - self.first) as usize];
         *place = match (std::mem::replace(place, Item::Gone), node) {
-            (Item::Waiting { key }, Some(node)) => Item::Ready(Entry {
-                key,
-                body: Body::Node(node),
-            }),
+            (Item::Waiting { key }, Some(node)) => {
+                Item::Ready(Entry { key, body: Body::Node(node) })
+            }
             _ => Item::Gone,
         };
     }
@@ -166,11 +154,7 @@ impl<'a> Assembler<'a> {
             };
             self.first += 1;
             let bytes = self.build(item)?;
-            self.bytes = if self.queue.is_empty() {
-                0
-            } else {
-                self.bytes.saturating_sub(bytes)
-            };
+            self.bytes = if self.queue.is_empty() { 0 } else { self.bytes.saturating_sub(bytes) };
         }
     }
 
@@ -196,10 +180,7 @@ impl<'a> Assembler<'a> {
                         return Ok(bytes);
                     }
                 }
-                self.add(&Entry {
-                    key,
-                    body: Body::Node(node),
-                })?;
+                self.add(&Entry { key, body: Body::Node(node) })?;
                 Ok(bytes)
             }
             Item::Run { leaf, from, to } => {
@@ -234,8 +215,7 @@ impl<'a> Assembler<'a> {
             }
         }
         let last_key = entries.last().map_or(&[][..], |entry| &entry.key);
-        self.builder
-            .push_leaf(leaf.child.clone(), last_key, &liveness)
+        self.builder.push_leaf(leaf.child.clone(), last_key, &liveness)
     }
 
     fn add(&mut self, entry: &Entry) -> Result<()> {
@@ -245,10 +225,7 @@ impl<'a> Assembler<'a> {
 
     /// Remembers the content of a file with several names, for the other ones.
     fn note_link(&mut self, entry: &Entry) {
-        let Some(node) = entry
-            .node()
-            .filter(|node| node.linked && node.kind == Kind::File)
-        else {
+        let Some(node) = entry.node().filter(|node| node.linked && node.kind == Kind::File) else {
             return;
         };
         // The content of a large file is in the entries behind it: its other names are read again.
@@ -289,7 +266,8 @@ pub(super) fn count(summary: &mut Summary, entry: &Entry) {
         Some(node) => {
             summary.files += 1;
             if node.kind == Kind::File {
-                summary.bytes += node.size;
+                // Sparse files can be so large that their sum is not.
+                summary.bytes = summary.bytes.saturating_add(node.size);
             }
         }
         None => {}

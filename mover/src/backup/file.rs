@@ -50,12 +50,7 @@ pub(super) enum Job {
     /// A file of medium size.
     File(FileToRead),
     /// A chunk of a large file: where it lies in a block, and its number.
-    Chunk {
-        block: Arc<Block>,
-        from: usize,
-        to: usize,
-        number: u64,
-    },
+    Chunk { block: Arc<Block>, from: usize, to: usize, number: u64 },
 }
 
 /// What workers send back.
@@ -85,11 +80,8 @@ pub(super) struct Shared<'a> {
 
 /// Does jobs until there are no more.
 pub(super) fn work(shared: &Shared<'_>, jobs: &Receiver<Job>, done: &Sender<Done>) {
-    let mut worker = Worker {
-        shared,
-        compressor: Compressor::new(shared.compression),
-        buffer: Vec::new(),
-    };
+    let mut worker =
+        Worker { shared, compressor: Compressor::new(shared.compression), buffer: Vec::new() };
     for job in jobs {
         let result = worker.run(job).unwrap_or_else(Done::Failed);
         if done.send(result).is_err() {
@@ -119,18 +111,9 @@ impl Worker<'_> {
                 let ticket = file.ticket;
                 Ok(Done::Files(vec![(ticket, self.medium_file(&file)?)]))
             }
-            Job::Chunk {
-                block,
-                from,
-                to,
-                number,
-            } => {
+            Job::Chunk { block, from, to, number } => {
                 let bytes = &block.bytes[from..to];
-                let blob = if is_zero(bytes) {
-                    None
-                } else {
-                    Some(self.store(bytes)?)
-                };
+                let blob = if is_zero(bytes) { None } else { Some(self.store(bytes)?) };
                 self.shared.monitor.advance(0, bytes.len() as u64);
                 Ok(Done::Chunk { number, blob })
             }
@@ -151,29 +134,14 @@ impl Worker<'_> {
             }
             members.push(self.member(file, &mut bundle)?);
         }
-        let stored = if bundle.is_empty() {
-            None
-        } else {
-            Some(self.store(&bundle)?)
-        };
+        let stored = if bundle.is_empty() { None } else { Some(self.store(&bundle)?) };
         self.buffer = bundle;
-        let finished = members.into_iter().map(
-            |Member {
-                 ticket,
-                 mut node,
-                 place,
-             }| {
-                if let (Some(node), Some((offset, hash)), Some(bundle)) = (&mut node, place, stored)
-                {
-                    node.content = Content::Part {
-                        bundle,
-                        offset,
-                        hash,
-                    };
-                }
-                (ticket, node)
-            },
-        );
+        let finished = members.into_iter().map(|Member { ticket, mut node, place }| {
+            if let (Some(node), Some((offset, hash)), Some(bundle)) = (&mut node, place, stored) {
+                node.content = Content::Part { bundle, offset, hash };
+            }
+            (ticket, node)
+        });
         Ok(finished.collect())
     }
 
@@ -181,21 +149,13 @@ impl Worker<'_> {
     fn member(&mut self, file: &FileToRead, bundle: &mut Vec<u8>) -> Result<Member> {
         let ticket = file.ticket;
         let Some((open, mut node)) = self.open(file) else {
-            return Ok(Member {
-                ticket,
-                node: None,
-                place: None,
-            });
+            return Ok(Member { ticket, node: None, place: None });
         };
         let start = bundle.len();
         // It may have grown since it was listed; then it is cut like any larger file.
         if node.size >= SMALL_FILE_BYTES || start + node.size as usize > BUNDLE_BYTES_MAX {
             let node = self.cut(file, &open, node)?;
-            return Ok(Member {
-                ticket,
-                node,
-                place: None,
-            });
+            return Ok(Member { ticket, node, place: None });
         }
         bundle.resize(start + node.size as usize, 0);
         let read = match read_full(&open, &mut bundle[start..], 0) {
@@ -203,11 +163,7 @@ impl Worker<'_> {
             Err(error) => {
                 bundle.truncate(start);
                 self.missing(file, format!("cannot be read: {error}"));
-                return Ok(Member {
-                    ticket,
-                    node: None,
-                    place: None,
-                });
+                return Ok(Member { ticket, node: None, place: None });
             }
         };
         bundle.truncate(start + read);
@@ -232,11 +188,7 @@ impl Worker<'_> {
                 _ => place = Some((start as u32, hash)),
             }
         }
-        Ok(Member {
-            ticket,
-            node: Some(node),
-            place,
-        })
+        Ok(Member { ticket, node: Some(node), place })
     }
 
     fn medium_file(&mut self, file: &FileToRead) -> Result<Option<Node>> {
@@ -276,11 +228,7 @@ impl Worker<'_> {
             }
         }
         self.buffer = buffer;
-        let read = if node.size > end && is_shorter(open, node.size) {
-            end
-        } else {
-            node.size
-        };
+        let read = if node.size > end && is_shorter(open, node.size) { end } else { node.size };
         self.finish_reading(file, open, &mut node, read);
         if !chunks.is_empty() {
             node.content = Content::Chunks(chunks);
@@ -296,30 +244,19 @@ impl Worker<'_> {
     /// Counts what was read, and tells if the file changed meanwhile.
     fn finish_reading(&self, file: &FileToRead, open: &File, node: &mut Node, read: u64) {
         note_changes(self.shared.monitor, &file.path, open, node, read);
-        self.shared
-            .counters
-            .bytes_read
-            .fetch_add(read, Ordering::Relaxed);
+        self.shared.counters.bytes_read.fetch_add(read, Ordering::Relaxed);
         self.shared.monitor.advance(0, read);
     }
 
     fn missing(&self, file: &FileToRead, message: String) {
-        self.shared.monitor.warning(Warning {
-            path: file.path.clone(),
-            message,
-            missing: true,
-        });
+        self.shared.monitor.warning(Warning { path: file.path.clone(), message, missing: true });
     }
 }
 
 /// Opens a file and reads its metadata.
 pub(super) fn open(monitor: &dyn Monitor, file: &FileToRead) -> Option<(File, Node)> {
     let warn = |message: String, missing: bool| {
-        monitor.warning(Warning {
-            path: file.path.clone(),
-            message,
-            missing,
-        });
+        monitor.warning(Warning { path: file.path.clone(), message, missing });
     };
     let (open, meta) = match file.dir.open_file(&file.name) {
         Ok(opened) => opened,
@@ -364,11 +301,7 @@ pub(super) fn keep_xattrs(
     read: io::Result<fs::Xattrs>,
 ) -> Xattrs {
     let warn = |message| {
-        monitor.warning(Warning {
-            path: path.to_vec(),
-            message,
-            missing: false,
-        });
+        monitor.warning(Warning { path: path.to_vec(), message, missing: false });
     };
     let mut xattrs = match read {
         Ok(xattrs) => xattrs,
@@ -379,15 +312,10 @@ pub(super) fn keep_xattrs(
     };
     for (name, error) in &xattrs.failures {
         let name = String::from_utf8_lossy(name);
-        warn(format!(
-            "its extended attribute '{name}' cannot be read: {error}"
-        ));
+        warn(format!("its extended attribute '{name}' cannot be read: {error}"));
     }
     let bytes = |entries: &Xattrs| -> usize {
-        entries
-            .iter()
-            .map(|(name, value)| name.len() + value.len())
-            .sum()
+        entries.iter().map(|(name, value)| name.len() + value.len()).sum()
     };
     if bytes(&xattrs.entries) > XATTR_BYTES_MAX {
         warn("its extended attributes exceed 4 MiB and are left out".to_owned());
@@ -410,11 +338,7 @@ pub(super) fn note_changes(
     };
     if changed || read != node.size {
         let message = "changed while it was read: saved as far as it was read".to_owned();
-        monitor.warning(Warning {
-            path: path.to_vec(),
-            message,
-            missing: false,
-        });
+        monitor.warning(Warning { path: path.to_vec(), message, missing: false });
     }
     node.size = read;
 }
@@ -422,11 +346,7 @@ pub(super) fn note_changes(
 /// Where the file has data.
 pub(super) fn ranges(open: &File, node: &Node) -> Vec<(u64, u64)> {
     let sparse = Meta::of_file(open).is_ok_and(|meta| meta.blocks_512 * 512 < node.size);
-    if sparse {
-        data_ranges(open, node.size).collect()
-    } else {
-        vec![(0, node.size)]
-    }
+    if sparse { data_ranges(open, node.size).collect() } else { vec![(0, node.size)] }
 }
 
 /// Whether the file has become shorter than `size`.
@@ -469,14 +389,7 @@ impl<'a> Window<'a> {
     const BYTES: usize = 2 * CHUNK_BYTES_MAX;
 
     fn new(chunker: &'a Chunker, file: &'a File, offset: u64, len: u64) -> Self {
-        Self {
-            chunker,
-            file,
-            read_to: offset,
-            end: offset + len,
-            from: 0,
-            to: 0,
-        }
+        Self { chunker, file, read_to: offset, end: offset + len, from: 0, to: 0 }
     }
 
     /// The next chunk: its offset in the file and its place in the buffer.
@@ -488,11 +401,7 @@ impl<'a> Window<'a> {
             self.to -= self.from;
             self.from = 0;
             let room = (buffer.len() - self.to).min((self.end - self.read_to) as usize);
-            let read = read_full(
-                self.file,
-                &mut buffer[self.to..self.to + room],
-                self.read_to,
-            )?;
+            let read = read_full(self.file, &mut buffer[self.to..self.to + room], self.read_to)?;
             self.to += read;
             self.read_to += read as u64;
             if read < room {
@@ -563,11 +472,7 @@ pub(super) struct CutBlock {
 
 impl BlockReader {
     pub(super) fn new(offset: u64, len: u64) -> Self {
-        Self {
-            rest: Vec::new(),
-            read_to: offset,
-            end: offset + len,
-        }
+        Self { rest: Vec::new(), read_to: offset, end: offset + len }
     }
 
     /// Whether everything has been read.
@@ -609,13 +514,7 @@ impl BlockReader {
         }
         self.rest.clear();
         self.rest.extend_from_slice(&bytes[at..filled]);
-        Ok(CutBlock {
-            block: Arc::new(Block {
-                bytes,
-                back: blocks.back.clone(),
-            }),
-            chunks,
-        })
+        Ok(CutBlock { block: Arc::new(Block { bytes, back: blocks.back.clone() }), chunks })
     }
 }
 
@@ -634,12 +533,7 @@ impl BundlePlanner {
     const DIRS_MAX: usize = 128;
 
     pub(super) fn new(cut: &[u8; 32]) -> Self {
-        Self {
-            files: Vec::new(),
-            bytes: 0,
-            dirs: 0,
-            cut: *cut,
-        }
+        Self { files: Vec::new(), bytes: 0, dirs: 0, cut: *cut }
     }
 
     /// Adds a file of `size` bytes; returns the bundles that are now complete: at most the one before
@@ -651,11 +545,7 @@ impl BundlePlanner {
         new_dir: bool,
     ) -> [Option<Vec<FileToRead>>; 2] {
         let mut complete = [None, None];
-        let stored = if size as usize <= INLINE_BYTES_MAX {
-            0
-        } else {
-            size as usize
-        };
+        let stored = if size as usize <= INLINE_BYTES_MAX { 0 } else { size as usize };
         if self.bytes + stored > BUNDLE_BYTES_MAX || self.dirs >= Self::DIRS_MAX {
             complete[0] = self.take();
         }
@@ -681,12 +571,145 @@ impl BundlePlanner {
     /// True for one file in so many that a bundle grows by [`BUNDLE_BYTES_MEAN`] in between.
     fn ends_bundle(&self, name: &[u8], size: usize) -> bool {
         let mut hasher = blake3::Hasher::new_keyed(&self.cut);
-        hasher
-            .update(b"bundle")
-            .update(&(size as u64).to_le_bytes())
-            .update(name);
+        hasher.update(b"bundle").update(&(size as u64).to_le_bytes()).update(name);
         let hash = hasher.finalize();
         let draw = u64::from_le_bytes(*hash.as_bytes().first_chunk().expect("32 is more than 8"));
         (u128::from(draw) * BUNDLE_BYTES_MEAN as u128) >> 64 < size as u128
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use chunkstore::chunker::ChunkerConfig;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SMALL: ChunkerConfig = ChunkerConfig::Fastcdc { min: 4096, avg: 8192, max: 16_384 };
+
+    fn chunker() -> Chunker {
+        Chunker::new(SMALL, &[3; 32]).unwrap()
+    }
+
+    /// Noise with runs of zeros in it.
+    fn data(seed: u8, len: usize, zeros: &[(usize, usize)]) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        blake3::Hasher::new().update(&[seed]).finalize_xof().fill(&mut bytes);
+        for (from, run) in zeros {
+            let from = from % (len + 1);
+            let to = (from + run).min(len);
+            bytes[from..to].fill(0);
+        }
+        bytes
+    }
+
+    fn file(bytes: &[u8]) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(bytes, 0).unwrap();
+        file
+    }
+
+    /// Where each chunk begins and ends when all bytes are at hand.
+    fn whole(chunker: &Chunker, bytes: &[u8], base: u64) -> Vec<(u64, u64)> {
+        let mut at = 0;
+        let mut cuts = Vec::new();
+        while at < bytes.len() {
+            let len = chunker.cut(&bytes[at..]);
+            cuts.push((base + at as u64, base + (at + len) as u64));
+            at += len;
+        }
+        cuts
+    }
+
+    fn by_window(
+        chunker: &Chunker,
+        file: &File,
+        bytes: &[u8],
+        range: (u64, u64),
+    ) -> Vec<(u64, u64)> {
+        let mut window = Window::new(chunker, file, range.0, range.1);
+        let mut buffer = Vec::new();
+        let mut cuts = Vec::new();
+        while let Some((at, piece)) = window.next(&mut buffer).unwrap() {
+            let end = at as usize + piece.len();
+            assert_eq!(buffer[piece], bytes[at as usize..end]);
+            cuts.push((at, end as u64));
+        }
+        cuts
+    }
+
+    fn by_blocks(
+        chunker: &Chunker,
+        file: &File,
+        bytes: &[u8],
+        range: (u64, u64),
+        block_bytes: usize,
+    ) -> Vec<(u64, u64)> {
+        let blocks = Blocks::new(block_bytes);
+        let mut reader = BlockReader::new(range.0, range.1);
+        let mut cuts = Vec::new();
+        while !reader.is_done() {
+            let free = blocks.free().recv().unwrap();
+            let cut = reader.next(&blocks, free, file, chunker).unwrap();
+            for (at, from, to) in cut.chunks {
+                let end = at as usize + (to - from);
+                assert_eq!(cut.block.bytes[from..to], bytes[at as usize..end]);
+                cuts.push((at, end as u64));
+            }
+        }
+        cuts
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(60))]
+
+        #[test]
+        fn cuts_do_not_depend_on_how_a_file_is_read(
+            seed: u8, len in 0..200_000_usize, from in 0..200_000_usize, to in 0..200_000_usize,
+            zeros in proptest::collection::vec((0..200_000_usize, 0..60_000_usize), 0..4),
+            block_bytes in 32_768..100_000_usize,
+        ) {
+            let (chunker, bytes) = (chunker(), data(seed, len, &zeros));
+            let file = file(&bytes);
+            let (from, to) = (from.min(to).min(len), from.max(to).min(len));
+            let expected = whole(&chunker, &bytes[from..to], from as u64);
+            let range = (from as u64, (to - from) as u64);
+            prop_assert_eq!(&by_window(&chunker, &file, &bytes, range), &expected);
+            prop_assert_eq!(&by_blocks(&chunker, &file, &bytes, range, block_bytes), &expected);
+        }
+
+        #[test]
+        fn a_file_that_is_shorter_than_expected_is_cut_like_what_is_there(
+            seed: u8, len in 0..100_000_usize, missing in 1..100_000_u64,
+        ) {
+            let (chunker, bytes) = (chunker(), data(seed, len, &[]));
+            let file = file(&bytes);
+            let expected = whole(&chunker, &bytes, 0);
+            let range = (0, len as u64 + missing);
+            prop_assert_eq!(&by_window(&chunker, &file, &bytes, range), &expected);
+            prop_assert_eq!(&by_blocks(&chunker, &file, &bytes, range, 40_000), &expected);
+        }
+    }
+
+    #[test]
+    fn the_window_is_refilled_without_a_cut_where_it_ends() {
+        let (chunker, bytes) = (chunker(), data(9, 3 * Window::BYTES + 12_345, &[]));
+        let (file, range) = (file(&bytes), (0, bytes.len() as u64));
+        let expected = whole(&chunker, &bytes, 0);
+        assert!(by_window(&chunker, &file, &bytes, range) == expected);
+        assert!(by_blocks(&chunker, &file, &bytes, range, 1 << 20) == expected);
+    }
+
+    #[test]
+    fn only_zeros_count_as_zero() {
+        assert!(is_zero(&[0]) && is_zero(&[0; 1000]));
+        for at in [0, 1, 500, 999] {
+            let mut bytes = [0; 1000];
+            bytes[at] = 1;
+            assert!(!is_zero(&bytes), "{at}");
+        }
+        assert!(!is_zero(&[]) && !is_zero(&[7; 100]));
     }
 }

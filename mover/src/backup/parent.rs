@@ -27,11 +27,7 @@ pub enum ChangedBy {
 impl ChangedBy {
     /// What a file system can be trusted with.
     pub fn for_file_system(traits: &FsTraits) -> Self {
-        if traits.inodes_stable && traits.ctime_trusted {
-            Self::CtimeInode
-        } else {
-            Self::Mtime
-        }
+        if traits.inodes_stable && traits.ctime_trusted { Self::CtimeInode } else { Self::Mtime }
     }
 }
 
@@ -79,16 +75,10 @@ impl<'a> Parent<'a> {
     ) -> Result<Self> {
         if let Some(writer) = writer {
             let all = &mut |_: &_| true;
-            for_each_node(
-                repository,
-                snapshot.root,
-                snapshot.level,
-                all,
-                &mut |node, _| {
-                    writer.remember_node(*node);
-                    Ok(())
-                },
-            )?;
+            for_each_node(repository, snapshot.root, snapshot.level, all, &mut |node, _| {
+                writer.remember_node(*node);
+                Ok(())
+            })?;
         }
         let leaves = TreeCursor::new(repository, snapshot.root, snapshot.level);
         Ok(Self {
@@ -136,10 +126,7 @@ impl<'a> Parent<'a> {
         let Some(writer) = self.writer else {
             return true;
         };
-        let known = self
-            .leaf
-            .as_ref()
-            .filter(|(known, _)| Arc::ptr_eq(known, leaf));
+        let known = self.leaf.as_ref().filter(|(known, _)| Arc::ptr_eq(known, leaf));
         let all = known.map(|(_, all)| *all).unwrap_or_else(|| {
             writer.remember_node(leaf.child.node);
             let all = leaf.leaf.packs.iter().all(|pack| writer.is_usable(*pack));

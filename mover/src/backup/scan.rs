@@ -40,19 +40,14 @@ pub(super) fn scan(
     parent: Option<(SnapshotId, Snapshot)>,
     monitor: &dyn Monitor,
 ) -> Result<(NodeRef, u8, Summary)> {
-    let parent = parent
-        .as_ref()
-        .map(|(_, snapshot)| Parent::open(repository, Some(writer), snapshot));
+    let parent =
+        parent.as_ref().map(|(_, snapshot)| Parent::open(repository, Some(writer), snapshot));
     // An unreadable parent costs reading everything again, not the backup.
     let parent = parent.and_then(|opened| {
         let warn = |error: Error| {
             let why = chunkstore::error::chain(&error);
             let message = format!("the parent snapshot cannot be read, so all is read anew: {why}");
-            monitor.warning(Warning {
-                path: Vec::new(),
-                message,
-                missing: false,
-            });
+            monitor.warning(Warning { path: Vec::new(), message, missing: false });
         };
         opened.map_err(warn).ok()
     });
@@ -86,18 +81,8 @@ pub(super) fn scan(
         };
         let (sink, summary) = Walk::new(request, monitor, parent, sink)?.run(root)?;
         let (root, level, counted) = sink.finish()?;
-        let bytes_read = shared
-            .counters
-            .bytes_read
-            .load(std::sync::atomic::Ordering::Relaxed);
-        Ok((
-            root,
-            level,
-            Summary {
-                bytes_read,
-                ..merge(summary, counted)
-            },
-        ))
+        let bytes_read = shared.counters.bytes_read.load(std::sync::atomic::Ordering::Relaxed);
+        Ok((root, level, Summary { bytes_read, ..merge(summary, counted) }))
     })
 }
 
@@ -195,10 +180,7 @@ impl<'a, S: Sink> Walk<'a, S> {
 
     fn run(mut self, root: Dir) -> Result<(S, Summary)> {
         let meta = root.stat().map_err(|error| {
-            Error::new(
-                ErrorKind::Invalid,
-                format!("cannot read the folder to save: {error}"),
-            )
+            Error::new(ErrorKind::Invalid, format!("cannot read the folder to save: {error}"))
         })?;
         self.folder(root, &meta)?;
         while !self.frames.is_empty() {
@@ -300,10 +282,7 @@ impl<'a, S: Sink> Walk<'a, S> {
             }
         }
         self.monitor.advance(1, 0);
-        self.sink.entry(Entry {
-            key: self.key.clone(),
-            body: Body::Node(node),
-        })
+        self.sink.entry(Entry { key: self.key.clone(), body: Body::Node(node) })
     }
 
     /// Takes an entry over from the parent if it is unchanged: `Ok`. Otherwise `Err` with what the
@@ -344,15 +323,12 @@ impl<'a, S: Sink> Walk<'a, S> {
                 }
             }
         }
-        self.monitor
-            .advance(1, found.node().map_or(0, |node| node.size));
+        self.monitor.advance(1, found.node().map_or(0, |node| node.size));
         if meta.kind == Kind::File {
             self.summary.files_unmodified += 1;
         }
         self.sink.unchanged(&found)?;
-        extents
-            .iter()
-            .try_for_each(|extent| self.sink.unchanged(extent))?;
+        extents.iter().try_for_each(|extent| self.sink.unchanged(extent))?;
         Ok(Ok(()))
     }
 
@@ -375,10 +351,7 @@ impl<'a, S: Sink> Walk<'a, S> {
             let xattrs = file::keep_xattrs(self.monitor, &path, dir.own_xattrs());
             let node = file::node(meta, fs, xattrs, Content::None);
             self.monitor.advance(1, 0);
-            self.sink.entry(Entry {
-                key: self.key.clone(),
-                body: Body::Node(node),
-            })?;
+            self.sink.entry(Entry { key: self.key.clone(), body: Body::Node(node) })?;
         }
         let other_fs = self.request.one_file_system && meta.dev != root_dev;
         if other_fs || (self.request.exclude_caches && is_cache(&dir)) {
@@ -396,15 +369,7 @@ impl<'a, S: Sink> Walk<'a, S> {
             self.frames[far].dir = None;
         }
         let (dev, ino, key_len) = (meta.dev, meta.ino, self.key.len());
-        self.frames.push(Frame {
-            dir: Some(dir),
-            dev,
-            ino,
-            listing,
-            key_len,
-            fs,
-            changed_by,
-        });
+        self.frames.push(Frame { dir: Some(dir), dev, ino, listing, key_len, fs, changed_by });
         Ok(())
     }
 
@@ -414,15 +379,9 @@ impl<'a, S: Sink> Walk<'a, S> {
             return Ok(());
         }
         self.warn(format!("the folder cannot be opened: {error}"), true);
-        let fs = self
-            .file_systems
-            .get(&meta.dev)
-            .map_or(0, |(number, _)| *number);
+        let fs = self.file_systems.get(&meta.dev).map_or(0, |(number, _)| *number);
         let node = file::node(meta, fs, Vec::new(), Content::None);
-        self.sink.entry(Entry {
-            key: self.key.clone(),
-            body: Body::Node(node),
-        })
+        self.sink.entry(Entry { key: self.key.clone(), body: Body::Node(node) })
     }
 
     /// Leaves a folder, opening the one above again if it was closed.
@@ -457,27 +416,20 @@ impl<'a, S: Sink> Walk<'a, S> {
         let next = self.file_systems.len() as u32;
         *self.file_systems.entry(dev).or_insert_with(|| {
             let by_traits = || {
-                FsTraits::of(dir).map_or(ChangedBy::Mtime, |traits| {
-                    ChangedBy::for_file_system(&traits)
-                })
+                FsTraits::of(dir)
+                    .map_or(ChangedBy::Mtime, |traits| ChangedBy::for_file_system(&traits))
             };
             (next, self.request.changed_by.unwrap_or_else(by_traits))
         })
     }
 
     fn warn(&self, message: String, missing: bool) {
-        self.monitor.warning(Warning {
-            path: path(&self.key),
-            message,
-            missing,
-        });
+        self.monitor.warning(Warning { path: path(&self.key), message, missing });
     }
 }
 
 fn path(key: &[u8]) -> Vec<u8> {
-    key.iter()
-        .map(|byte| if *byte == 0 { b'/' } else { *byte })
-        .collect()
+    key.iter().map(|byte| if *byte == 0 { b'/' } else { *byte }).collect()
 }
 
 fn is_cache(dir: &Dir) -> bool {
@@ -509,8 +461,9 @@ impl Sink for CountOnly {
 
     fn file(&mut self, file: NewFile) -> Result<()> {
         self.summary.files += 1;
-        self.summary.bytes += file.meta.size;
-        self.summary.bytes_read += file.meta.size;
+        let summary = &mut self.summary;
+        summary.bytes = summary.bytes.saturating_add(file.meta.size);
+        summary.bytes_read = summary.bytes_read.saturating_add(file.meta.size);
         Ok(())
     }
 
@@ -547,15 +500,7 @@ impl Sink for Pipeline<'_> {
 
     fn file(&mut self, file: NewFile) -> Result<()> {
         self.shared.monitor.advance(1, 0);
-        let NewFile {
-            key,
-            path,
-            dir,
-            name,
-            meta,
-            fs,
-            part,
-        } = file;
+        let NewFile { key, path, dir, name, meta, fs, part } = file;
         let linked = meta.nlink > 1 && meta.size <= LARGE_FILE_BYTES;
         if linked && self.assembler.is_known_link(fs, meta.ino) {
             let xattrs = file::keep_xattrs(self.shared.monitor, &path, dir.xattrs(&name));
@@ -567,14 +512,7 @@ impl Sink for Pipeline<'_> {
             self.assembler.expect_link(fs, meta.ino);
         }
         if meta.size > LARGE_FILE_BYTES {
-            let file = FileToRead {
-                ticket: 0,
-                dir,
-                name,
-                path,
-                fs,
-                part,
-            };
+            let file = FileToRead { ticket: 0, dir, name, path, fs, part };
             return self.large_file(&key, &file);
         }
         let folder_len = key.len() - name.len();
@@ -584,23 +522,11 @@ impl Sink for Pipeline<'_> {
             self.bundle_dir = Some(folder.to_vec());
         }
         let ticket = self.assembler.reserve(key);
-        let file = FileToRead {
-            ticket,
-            dir,
-            name,
-            path,
-            fs,
-            part,
-        };
+        let file = FileToRead { ticket, dir, name, path, fs, part };
         if meta.size >= SMALL_FILE_BYTES {
             return self.submit(Job::File(file));
         }
-        for bundle in self
-            .bundle
-            .push(file, meta.size, new_dir)
-            .into_iter()
-            .flatten()
-        {
+        for bundle in self.bundle.push(file, meta.size, new_dir).into_iter().flatten() {
             self.submit(Job::Bundle(bundle))?;
         }
         Ok(())
@@ -629,11 +555,7 @@ impl Pipeline<'_> {
         self.assembler.advance(false)?;
         for key in self.assembler.take_unread_links() {
             let message = "another name of this file could not be read".to_owned();
-            let warning = Warning {
-                path: path(&key),
-                message,
-                missing: true,
-            };
+            let warning = Warning { path: path(&key), message, missing: true };
             self.shared.monitor.warning(warning);
         }
         Ok(())
@@ -695,24 +617,14 @@ impl Pipeline<'_> {
         let ranges = file::ranges(&open, &node);
         node.content = Content::Extents;
         let body = Body::Node(node.clone());
-        self.assembler.push(Entry {
-            key: key.to_vec(),
-            body,
-        });
-        self.large = LargeFile {
-            key: key.to_vec(),
-            ..LargeFile::default()
-        };
+        self.assembler.push(Entry { key: key.to_vec(), body });
+        self.large = LargeFile { key: key.to_vec(), ..LargeFile::default() };
         let mut read = node.size;
         for (offset, len) in ranges {
             let mut reader = BlockReader::new(offset, len);
             if let Err(error) = self.cut_range(&open, &mut reader)? {
                 let message = format!("cannot be read from byte {} on: {error}", reader.read_to());
-                monitor.warning(Warning {
-                    path: file.path.clone(),
-                    message,
-                    missing: true,
-                });
+                monitor.warning(Warning { path: file.path.clone(), message, missing: true });
                 break;
             }
             if reader.read_to() < offset + len && file::is_shorter(&open, node.size) {
@@ -744,18 +656,11 @@ impl Pipeline<'_> {
             };
             let read = reader.read_to() - before;
             let counters = &self.shared.counters;
-            counters
-                .bytes_read
-                .fetch_add(read, std::sync::atomic::Ordering::Relaxed);
+            counters.bytes_read.fetch_add(read, std::sync::atomic::Ordering::Relaxed);
             for (offset, from, to) in cut.chunks {
                 let number = self.large.expect(offset);
                 let block = cut.block.clone();
-                self.submit(Job::Chunk {
-                    block,
-                    from,
-                    to,
-                    number,
-                })?;
+                self.submit(Job::Chunk { block, from, to, number })?;
             }
             self.push_extents(false)?;
         }
@@ -825,10 +730,7 @@ impl LargeFile {
     fn next_extent(&mut self, last: bool) -> Option<Entry> {
         let grid = |offset: u64| offset / EXTENT_SPAN_BYTES;
         while let Some((offset, Some(blob))) = self.pending.front().copied() {
-            let ends = self
-                .extent
-                .first()
-                .is_some_and(|first| grid(first.offset) != grid(offset));
+            let ends = self.extent.first().is_some_and(|first| grid(first.offset) != grid(offset));
             if ends {
                 return self.take_extent();
             }
@@ -842,10 +744,7 @@ impl LargeFile {
     fn take_extent(&mut self) -> Option<Entry> {
         let first = self.extent.first()?.offset;
         let key = extent_key(&self.key, first);
-        Some(Entry {
-            key,
-            body: Body::Extent(std::mem::take(&mut self.extent)),
-        })
+        Some(Entry { key, body: Body::Extent(std::mem::take(&mut self.extent)) })
     }
 }
 

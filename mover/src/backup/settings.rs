@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use chunkstore::codec::compress::Level;
-use chunkstore::limits::{CHUNK_BYTES_MAX, PACK_BYTES_MAX, PACK_TARGET_BYTES_MAX, PACK_TARGET_BYTES_MIN};
+use chunkstore::limits::{
+    CHUNK_BYTES_MAX, PACK_BYTES_MAX, PACK_TARGET_BYTES_MAX, PACK_TARGET_BYTES_MIN,
+};
 use chunkstore::writer::WriterSettings;
 
 /// Least memory the program accepts.

@@ -30,12 +30,7 @@ pub(super) struct Global {
     #[arg(long, short, global = true, env = "EBACKUP_REPO", value_name = "DIR")]
     pub(super) repo: Option<String>,
     /// File whose first line is the password. Else EBACKUP_PASSWORD is used, if set.
-    #[arg(
-        long,
-        global = true,
-        env = "EBACKUP_PASSWORD_FILE",
-        value_name = "FILE"
-    )]
+    #[arg(long, global = true, env = "EBACKUP_PASSWORD_FILE", value_name = "FILE")]
     pub(super) password_file: Option<PathBuf>,
     /// Key file. Without any secret, the one that 'init' made for this repository is used.
     #[arg(
@@ -154,12 +149,7 @@ pub(super) struct Backup {
     #[arg(long, value_name = "KEY=VALUE", value_parser = tag)]
     pub(super) tag: Vec<(String, String)>,
     /// zstd level from -7 to 22, or 'off'.
-    #[arg(
-        long,
-        value_name = "LEVEL",
-        default_value_t,
-        allow_hyphen_values = true
-    )]
+    #[arg(long, value_name = "LEVEL", default_value_t, allow_hyphen_values = true)]
     pub(super) compression: Level,
     /// Tell what would be read, and write nothing.
     #[arg(long)]
@@ -400,12 +390,7 @@ pub(super) enum KeyCommand {
 
 /// Writes the completion script for `shell` to standard output.
 pub(super) fn completions(shell: clap_complete::Shell) {
-    clap_complete::generate(
-        shell,
-        &mut Args::command(),
-        "ebackup",
-        &mut std::io::stdout(),
-    );
+    clap_complete::generate(shell, &mut Args::command(), "ebackup", &mut std::io::stdout());
 }
 
 /// Parses a size: a number with an optional suffix K, M, G or T (powers of 1024).
@@ -418,10 +403,7 @@ fn size(text: &str) -> Result<u64, String> {
         Some((at, 'T' | 't')) => (&trimmed[..at], 40),
         _ => (trimmed, 0),
     };
-    let bytes = number
-        .parse::<u64>()
-        .ok()
-        .and_then(|number| number.checked_mul(1 << shift));
+    let bytes = number.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
     bytes.ok_or_else(|| "a size is a number with K, M, G or T behind it".to_owned())
 }
 
@@ -444,9 +426,7 @@ fn span(text: &str) -> Result<jiff::Span, String> {
 
 fn duration(text: &str) -> Result<std::time::Duration, String> {
     let signed: jiff::SignedDuration = text.parse().map_err(|error| format!("{error}"))?;
-    signed
-        .try_into()
-        .map_err(|_| "a duration is not negative".to_owned())
+    signed.try_into().map_err(|_| "a duration is not negative".to_owned())
 }
 
 #[cfg(test)]
@@ -460,13 +440,7 @@ mod tests {
 
     #[test]
     fn sizes_are_read_with_their_suffixes() {
-        let table = [
-            ("0", 0),
-            ("7", 7),
-            ("96M", 96 << 20),
-            ("1GiB", 1 << 30),
-            ("2kb", 2048),
-        ];
+        let table = [("0", 0), ("7", 7), ("96M", 96 << 20), ("1GiB", 1 << 30), ("2kb", 2048)];
         for (text, bytes) in table {
             assert_eq!(size(text), Ok(bytes), "{text}");
         }
@@ -478,9 +452,7 @@ mod tests {
     #[test]
     fn every_command_has_an_example() {
         fn visit(command: &clap::Command) {
-            for command in command
-                .get_subcommands()
-                .filter(|command| command.get_name() != "help")
+            for command in command.get_subcommands().filter(|command| command.get_name() != "help")
             {
                 let help = command.get_long_about().or(command.get_about());
                 let has_example = help.is_some_and(|help| help.to_string().contains("Example:"));

@@ -51,10 +51,7 @@ pub(super) fn run(
     let source = std::path::absolute(&args.path)
         .with_context(|| format!("cannot tell where '{}' is", args.path.display()))?;
     let host = host();
-    let lineage = args
-        .lineage
-        .clone()
-        .unwrap_or_else(|| default_lineage(&host, &source));
+    let lineage = args.lineage.clone().unwrap_or_else(|| default_lineage(&host, &source));
     let matcher = |path: &[u8], is_dir: bool| is_excluded(excludes.as_ref(), path, is_dir);
     let request = Request {
         source,
@@ -100,20 +97,13 @@ fn open_or_create(global: &Global, args: &Backup, output: &Output) -> Result<Arc
     if !args.init {
         return secret::open(global);
     }
-    let exists = match secret::store(global)
-        .ok()
-        .map(|store| Repository::identify(&*store))
-    {
+    let exists = match secret::store(global).ok().map(|store| Repository::identify(&*store)) {
         None => false,
         Some(Ok(_)) => true,
         Some(Err(error)) if error.kind() == ErrorKind::NotFound => false,
         Some(Err(error)) => return Err(error.into()),
     };
-    if exists {
-        secret::open(global)
-    } else {
-        keys::create(global, &Init::default(), output)
-    }
+    if exists { secret::open(global) } else { keys::create(global, &Init::default(), output) }
 }
 
 fn exclude_rules(args: &Backup) -> Result<Option<Gitignore>> {
@@ -127,15 +117,9 @@ fn exclude_rules(args: &Backup) -> Result<Option<Gitignore>> {
         }
     }
     for glob in &args.exclude {
-        rules
-            .add_line(None, glob)
-            .with_context(|| format!("'{glob}' is not a usable pattern"))?;
+        rules.add_line(None, glob).with_context(|| format!("'{glob}' is not a usable pattern"))?;
     }
-    Ok(Some(
-        rules
-            .build()
-            .context("the patterns to exclude cannot be used")?,
-    ))
+    Ok(Some(rules.build().context("the patterns to exclude cannot be used")?))
 }
 
 fn is_excluded(rules: Option<&Gitignore>, path: &[u8], is_dir: bool) -> bool {
@@ -145,28 +129,22 @@ fn is_excluded(rules: Option<&Gitignore>, path: &[u8], is_dir: bool) -> bool {
 }
 
 fn host() -> String {
-    rustix::system::uname()
-        .nodename()
-        .to_string_lossy()
-        .into_owned()
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
 fn default_lineage(host: &str, source: &Path) -> String {
     // Components are what counts: 'a/' and 'a/.' are the folder 'a'.
     let path: PathBuf = source.components().collect();
     use std::os::unix::ffi::OsStrExt;
-    format!(
-        "{host}:{}",
-        crate::monitor::display_path(path.as_os_str().as_bytes())
-    )
+    format!("{host}:{}", crate::monitor::display_path(path.as_os_str().as_bytes()))
 }
 
 /// The size of the previous snapshot is the best guess for this one. Whether there is one.
 fn expect_as_last_time(repository: &Repository, lineage: &str, progress: &Progress) -> bool {
     let list = repository.list_snapshots().ok();
-    let last = list.as_ref().and_then(|list| {
-        list.snapshots.iter().rfind(|(_, snapshot)| snapshot.lineage == lineage)
-    });
+    let last = list
+        .as_ref()
+        .and_then(|list| list.snapshots.iter().rfind(|(_, snapshot)| snapshot.lineage == lineage));
     if let Some((_, last)) = last {
         progress.expect(last.summary.bytes);
     }
@@ -224,15 +202,10 @@ fn report(outcome: &Outcome, progress: &Progress, args: &Backup, output: &Output
                 seconds(elapsed as u64),
             ))?;
         }
-        None => output.line(format!(
-            "would save {changed} ({})",
-            bytes(summary.bytes_read)
-        ))?,
+        None => output.line(format!("would save {changed} ({})", bytes(summary.bytes_read)))?,
     }
     if warnings > 0 {
-        output.line(format!(
-            "{warnings} warnings; {missing} files or folders are not saved"
-        ))?;
+        output.line(format!("{warnings} warnings; {missing} files or folders are not saved"))?;
     }
     output.object(&SummaryLine {
         r#type: "summary",

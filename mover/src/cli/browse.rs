@@ -21,32 +21,16 @@ pub(super) fn snapshots(global: &Global, args: &Snapshots, output: &Output) -> R
     let repository = secret::open(global)?;
     let list = repository.list_snapshots()?;
     let wanted = |snapshot: &Snapshot| {
-        args.lineage
-            .as_ref()
-            .is_none_or(|lineage| *lineage == snapshot.lineage)
-            && args
-                .tag
-                .iter()
-                .all(|(key, value)| snapshot.tags.get(key) == Some(value))
+        args.lineage.as_ref().is_none_or(|lineage| *lineage == snapshot.lineage)
+            && args.tag.iter().all(|(key, value)| snapshot.tags.get(key) == Some(value))
     };
-    let snapshots: Vec<_> = list
-        .snapshots
-        .iter()
-        .filter(|(_, snapshot)| wanted(snapshot))
-        .collect();
-    output.line(format!(
-        "{:8}  {:19}  {:>10}  {:>9}  lineage",
-        "id", "time", "size", "files"
-    ))?;
+    let snapshots: Vec<_> =
+        list.snapshots.iter().filter(|(_, snapshot)| wanted(snapshot)).collect();
+    output.line(format!("{:8}  {:19}  {:>10}  {:>9}  lineage", "id", "time", "size", "files"))?;
     for (id, snapshot) in &snapshots {
-        let local = snapshot
-            .started
-            .to_zoned_datetime(jiff::tz::TimeZone::system());
-        let tags: Vec<_> = snapshot
-            .tags
-            .iter()
-            .map(|(key, value)| format!("{key}={value}"))
-            .collect();
+        let local = snapshot.started.to_zoned_datetime(jiff::tz::TimeZone::system());
+        let tags: Vec<_> =
+            snapshot.tags.iter().map(|(key, value)| format!("{key}={value}")).collect();
         output.line(format!(
             "{:8}  {:19}  {:>10}  {:>9}  {} {}",
             id.short(),
@@ -57,22 +41,14 @@ pub(super) fn snapshots(global: &Global, args: &Snapshots, output: &Output) -> R
             tags.join(" ")
         ))?;
     }
-    let lines: Vec<_> = snapshots
-        .iter()
-        .map(|(id, snapshot)| SnapshotLine::new(*id, snapshot))
-        .collect();
+    let lines: Vec<_> =
+        snapshots.iter().map(|(id, snapshot)| SnapshotLine::new(*id, snapshot)).collect();
     output.object(&lines)?;
     for (object, error) in &list.damaged {
         let why = chunkstore::error::chain(error);
-        output.note(format_args!(
-            "warning: snapshot '{object}' cannot be read: {why}"
-        ));
+        output.note(format_args!("warning: snapshot '{object}' cannot be read: {why}"));
     }
-    Ok(if list.damaged.is_empty() {
-        DONE
-    } else {
-        INCOMPLETE
-    })
+    Ok(if list.damaged.is_empty() { DONE } else { INCOMPLETE })
 }
 
 /// An entry as JSON shows it.
@@ -122,10 +98,7 @@ fn kind_name(kind: Kind) -> &'static str {
 
 fn time(node: &Node) -> String {
     let time = jiff::Timestamp::new(node.mtime.seconds, node.mtime.nanos as i32);
-    time.map_or_else(
-        |_| format!("@{}", node.mtime.seconds),
-        |time| time.to_string(),
-    )
+    time.map_or_else(|_| format!("@{}", node.mtime.seconds), |time| time.to_string())
 }
 
 /// Permissions as `ls -l` shows them.
@@ -170,13 +143,7 @@ fn for_each_below<'a>(
             || entry.key == key
             || entry.key.strip_prefix(key).is_some_and(|rest| rest[0] == 0);
         if first && entry.key != key {
-            let path = display_path(
-                &Entry {
-                    key: key.to_vec(),
-                    body: entry.body,
-                }
-                .path(),
-            );
+            let path = display_path(&Entry { key: key.to_vec(), body: entry.body }.path());
             let message = format!("the snapshot has no '{path}'");
             return Err(Error::new(ErrorKind::NotFound, message).into());
         }
@@ -200,11 +167,7 @@ pub(super) fn ls(global: &Global, args: &Ls, output: &Output) -> Result<u8> {
         b"" => 0,
         key => 1 + key.iter().filter(|byte| **byte == 0).count(),
     };
-    let deepest = if args.recursive {
-        usize::MAX
-    } else {
-        depth(&key) + 1
-    };
+    let deepest = if args.recursive { usize::MAX } else { depth(&key) + 1 };
     for_each_below(&repository, &snapshot, &key, &mut |entry, node, _| {
         if depth(&entry.key) > deepest {
             return Ok(());
@@ -213,10 +176,7 @@ pub(super) fn ls(global: &Global, args: &Ls, output: &Output) -> Result<u8> {
         if output.json {
             return Ok(output.object(&line)?);
         }
-        let target = line
-            .target
-            .map(|target| format!(" -> {target}"))
-            .unwrap_or_default();
+        let target = line.target.map(|target| format!(" -> {target}")).unwrap_or_default();
         let (uid, gid, size, mtime, path) = (line.uid, line.gid, line.size, line.mtime, line.path);
         let permissions = permissions(node);
         Ok(output.line(format!(
@@ -275,11 +235,7 @@ pub(super) fn dump(global: &Global, args: &Dump, output: &Output) -> Result<u8> 
             return Ok(());
         }
         if entry.key == key && node.kind != Kind::Dir {
-            bail!(
-                "'{}' is a {}, which has no content",
-                args.path.display(),
-                kind_name(node.kind)
-            );
+            bail!("'{}' is a {}, which has no content", args.path.display(), kind_name(node.kind));
         }
         let archive = archive.get_or_insert_with(|| tar::Builder::new(Vec::new()));
         append(archive, &repository, &key, entry, node, cursor, &mut out)
@@ -295,9 +251,7 @@ pub(super) fn dump(global: &Global, args: &Dump, output: &Output) -> Result<u8> 
 fn copy(from: &mut impl Read, out: &mut impl Write) -> Result<()> {
     let mut buffer = vec![0; 256 << 10];
     loop {
-        let read = from
-            .read(&mut buffer)
-            .context("cannot read from the repository")?;
+        let read = from.read(&mut buffer).context("cannot read from the repository")?;
         if read == 0 {
             return Ok(());
         }
@@ -318,10 +272,7 @@ fn append<'a>(
 ) -> Result<()> {
     let below = entry.key.strip_prefix(base).unwrap_or(&entry.key);
     let below = below.strip_prefix(&[0]).unwrap_or(below);
-    let path: Vec<u8> = below
-        .iter()
-        .map(|byte| if *byte == 0 { b'/' } else { *byte })
-        .collect();
+    let path: Vec<u8> = below.iter().map(|byte| if *byte == 0 { b'/' } else { *byte }).collect();
     let path = if path.is_empty() { b".".to_vec() } else { path };
     let path = Path::new(std::ffi::OsStr::from_bytes(&path));
     let mut header = tar::Header::new_gnu();
@@ -336,9 +287,7 @@ fn append<'a>(
             extensions.push((format!("SCHILY.xattr.{name}"), value.clone()));
         }
     }
-    let records = extensions
-        .iter()
-        .map(|(name, value)| (name.as_str(), value.as_slice()));
+    let records = extensions.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
     archive.append_pax_extensions(records)?;
     header.set_entry_type(match node.kind {
         Kind::File => tar::EntryType::Regular,
@@ -368,8 +317,7 @@ fn append<'a>(
             flush(archive, out)?;
             copy(&mut content, out)?;
             let padding = node.size.next_multiple_of(512) - node.size;
-            out.write_all(&[0; 512][..padding as usize])
-                .map_err(end_on_closed_pipe)?;
+            out.write_all(&[0; 512][..padding as usize]).map_err(end_on_closed_pipe)?;
             Ok(())
         }
         _ => {

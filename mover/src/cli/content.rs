@@ -64,11 +64,7 @@ impl<'a, 'c> ContentReader<'a, 'c> {
     /// The piece that covers the current place, or the next one after it.
     fn piece(&mut self) -> io::Result<Option<&Piece>> {
         let at = self.at;
-        if self
-            .loaded
-            .as_ref()
-            .is_some_and(|piece| at < piece.offset + piece.len as u64)
-        {
+        if self.loaded.as_ref().is_some_and(|piece| at < piece.offset + piece.len as u64) {
             return Ok(self.loaded.as_ref());
         }
         self.loaded = None;
@@ -97,19 +93,11 @@ impl<'a, 'c> ContentReader<'a, 'c> {
         packs
             .get(store, keys, blob.location.pack)
             .and_then(|pack| {
-                pack.read(
-                    store,
-                    keys,
-                    blob.location.ordinal,
-                    &blob.id,
-                    &mut self.scratch,
-                )
+                pack.read(store, keys, blob.location.ordinal, &blob.id, &mut self.scratch)
             })
             .map_err(io::Error::other)?;
         if self.scratch.plain.len() < piece.from + piece.len {
-            return Err(io::Error::other(
-                "a blob is shorter than its reference says",
-            ));
+            return Err(io::Error::other("a blob is shorter than its reference says"));
         }
         self.loaded = Some(piece);
         Ok(())
@@ -117,12 +105,7 @@ impl<'a, 'c> ContentReader<'a, 'c> {
 }
 
 fn whole(chunk: &chunkstore::tree::Chunk) -> Piece {
-    Piece {
-        offset: chunk.offset,
-        blob: chunk.blob,
-        from: 0,
-        len: chunk.blob.len as usize,
-    }
+    Piece { offset: chunk.offset, blob: chunk.blob, from: 0, len: chunk.blob.len as usize }
 }
 
 impl Read for ContentReader<'_, '_> {

@@ -23,14 +23,8 @@ pub(super) fn init(global: &Global, init: &Init, output: &Output) -> Result<u8> 
         location: String,
     }
     let location = repository.store().location();
-    output.line(format!(
-        "made repository {} at {location}",
-        repository.keys().repository
-    ))?;
-    output.object(&Made {
-        repository: repository.keys().repository,
-        location,
-    })?;
+    output.line(format!("made repository {} at {location}", repository.keys().repository))?;
+    output.object(&Made { repository: repository.keys().repository, location })?;
     Ok(DONE)
 }
 
@@ -43,9 +37,7 @@ pub(super) fn create(global: &Global, init: &Init, output: &Output) -> Result<Ar
     let given = secret::given(global)?;
     let store = secret::new_store(global)?;
     let chunker = match init.fixed_chunks {
-        Some(size) => ChunkerConfig::Fixed {
-            size: usize::try_from(size)?,
-        },
+        Some(size) => ChunkerConfig::Fixed { size: usize::try_from(size)? },
         None => ChunkerConfig::default(),
     };
     let id = RepositoryId::random();
@@ -73,11 +65,7 @@ pub(super) fn create(global: &Global, init: &Init, output: &Output) -> Result<Ar
 
 pub(super) fn key(global: &Global, command: &KeyCommand, output: &Output) -> Result<u8> {
     match command {
-        KeyCommand::Add {
-            new_password_file,
-            new_key_file,
-            label,
-        } => {
+        KeyCommand::Add { new_password_file, new_key_file, label } => {
             let repository = secret::open(global)?;
             let unlock = match (new_password_file, new_key_file) {
                 (Some(path), _) => Unlock::Passphrase(secret::read_password(path)?),
@@ -108,10 +96,7 @@ pub(super) fn key(global: &Global, command: &KeyCommand, output: &Output) -> Res
                     key_slot::SlotKind::KeyFile => "key file",
                 };
                 let label = &slot.label;
-                output.line(format!(
-                    "{}  {kind:8}  {}  {label}",
-                    slot.slot, slot.created
-                ))?;
+                output.line(format!("{}  {kind:8}  {}  {label}", slot.slot, slot.created))?;
             }
             output.object(&slots)?;
         }

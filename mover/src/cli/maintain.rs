@@ -32,7 +32,8 @@ pub(super) fn check(global: &Global, args: &Check, output: &Output) -> Result<u8
         (false, None) => ReadData::None,
     };
     let unlock = secret::unlock(global, repository.keys().repository)?;
-    let options = CheckOptions { read_data, threads: resources.check_threads(), unlock: Some(unlock) };
+    let options =
+        CheckOptions { read_data, threads: resources.check_threads(), unlock: Some(unlock) };
     let summary = check::check(&repository, &options, &mut report, &progress)?;
     output.line(&summary)?;
     output.object(&summary)?;
@@ -47,11 +48,7 @@ fn tell(global: &Global, output: &Output, what: &str) {
     }
 }
 
-pub(super) fn forget(
-    global: &Global,
-    args: &Forget,
-    output: &Output,
-) -> Result<u8> {
+pub(super) fn forget(global: &Global, args: &Forget, output: &Output) -> Result<u8> {
     let repository = secret::open(global)?;
     let mut forgotten = Vec::new();
     if args.snapshots.is_empty() {
@@ -83,12 +80,7 @@ pub(super) fn forget(
     } else {
         for name in &args.snapshots {
             let (id, found) = snapshot::find(&repository, name, args.lineage.as_deref())?;
-            output.line(format!(
-                "forget {} {} {}",
-                id.short(),
-                found.started,
-                found.lineage
-            ))?;
+            output.line(format!("forget {} {} {}", id.short(), found.started, found.lineage))?;
             forgotten.push(id);
         }
     }
@@ -106,11 +98,7 @@ pub(super) fn forget(
     let dry_run = args.dry_run;
     let would = if dry_run { "would be " } else { "" };
     output.line(format!("{} snapshots {would}forgotten", forgotten.len()))?;
-    output.object(&Forgot {
-        r#type: "summary",
-        forgotten: &forgotten,
-        dry_run,
-    })?;
+    output.object(&Forgot { r#type: "summary", forgotten: &forgotten, dry_run })?;
     if args.prune && !dry_run {
         drop(repository);
         let grace = PruneSettings::default().grace;
@@ -119,22 +107,14 @@ pub(super) fn forget(
     Ok(DONE)
 }
 
-pub(super) fn prune(
-    global: &Global,
-    args: &Prune,
-    output: &Output,
-) -> Result<u8> {
+pub(super) fn prune(global: &Global, args: &Prune, output: &Output) -> Result<u8> {
     let repository = secret::open(global)?;
     let writer = format!(
         "{} process {}",
         rustix::system::uname().nodename().to_string_lossy(),
         std::process::id()
     );
-    let settings = PruneSettings {
-        grace: args.grace,
-        dry_run: args.dry_run,
-        writer,
-    };
+    let settings = PruneSettings { grace: args.grace, dry_run: args.dry_run, writer };
     let progress = |what: &str| tell(global, output, what);
     let report = gc::prune(&repository, &settings, now(), &progress)?;
     output.line(&report)?;

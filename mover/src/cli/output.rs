@@ -29,11 +29,7 @@ impl Output {
     /// # Errors
     /// When standard output cannot be written.
     pub(super) fn object(&self, value: &impl Serialize) -> io::Result<()> {
-        if self.json {
-            write_line(&serde_json::to_string(value)?)
-        } else {
-            Ok(())
-        }
+        if self.json { write_line(&serde_json::to_string(value)?) } else { Ok(()) }
     }
 
     /// Tells of a failure, with what to do about it.
@@ -52,11 +48,7 @@ impl Output {
             #[serde(skip_serializing_if = "Option::is_none")]
             advice: Option<&'a str>,
         }
-        let _unheard = self.object(&Failure {
-            r#type: "error",
-            message: &text,
-            advice,
-        });
+        let _unheard = self.object(&Failure { r#type: "error", message: &text, advice });
     }
 
     /// Tells people something beside the results.

@@ -161,24 +161,14 @@ impl Monitor for Progress {
     fn warning(&self, warning: Warning) {
         let state = &self.state;
         state.warnings.fetch_add(1, Ordering::Relaxed);
-        state
-            .missing
-            .fetch_add(u64::from(warning.missing), Ordering::Relaxed);
+        state.missing.fetch_add(u64::from(warning.missing), Ordering::Relaxed);
         state.clear();
-        let _printing = state
-            .printing
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let _printing = state.printing.lock().unwrap_or_else(PoisonError::into_inner);
         let _unheard = writeln!(io::stderr(), "warning: {warning}");
         if state.mode == Mode::Json {
             let (path, message) = (display_path(&warning.path), &warning.message);
             let missing = warning.missing;
-            let line = WarningLine {
-                r#type: "warning",
-                path: &path,
-                message,
-                missing,
-            };
+            let line = WarningLine { r#type: "warning", path: &path, message, missing };
             print_json(&line);
         }
     }
@@ -219,31 +209,17 @@ impl State {
             let (bytes, seconds) = (done, elapsed);
             let current = &current;
             let r#type = "status";
-            return print_json(&Status {
-                r#type,
-                files,
-                bytes,
-                total_bytes,
-                seconds,
-                current,
-            });
+            return print_json(&Status { r#type, files, bytes, total_bytes, seconds, current });
         }
         let rate = done as f64 / elapsed.max(0.001);
         let mut line = format!("{files} files {}, {}", self.verb, bytes(done));
         if total > 0 {
             let percent = 100.0 * done as f64 / total as f64;
-            line.push_str(&format!(
-                " of {} ({:.0} %)",
-                bytes(total),
-                percent.min(100.0)
-            ));
+            line.push_str(&format!(" of {} ({:.0} %)", bytes(total), percent.min(100.0)));
         }
         line.push_str(&format!(", {}/s", bytes(rate as u64)));
         if total > done && rate > 0.0 {
-            line.push_str(&format!(
-                ", {} left",
-                seconds(((total - done) as f64 / rate) as u64)
-            ));
+            line.push_str(&format!(", {} left", seconds(((total - done) as f64 / rate) as u64)));
         }
         if self.mode == Mode::Live {
             let width = 100_usize.saturating_sub(line.chars().count() + 2);

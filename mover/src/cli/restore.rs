@@ -37,10 +37,7 @@ pub(super) fn run(
     let resources = secret::resources(global)?;
     let filter = Filter::new(args)?;
     let repository = secret::open(global)?;
-    let (name, subpath) = args
-        .snapshot
-        .split_once(':')
-        .unwrap_or((&args.snapshot, ""));
+    let (name, subpath) = args.snapshot.split_once(':').unwrap_or((&args.snapshot, ""));
     let (id, snapshot) = snapshot::find(&repository, name, args.which.lineage.as_deref())?;
     let subpath = snapshot::key_of(Path::new(subpath))?;
     let mut progress = Progress::start("restored", global.quiet, output, cancelled);
@@ -80,11 +77,7 @@ pub(super) fn run(
         error.into()
     })?;
     let elapsed = progress.seconds();
-    let verb = if args.dry_run {
-        "would restore"
-    } else {
-        "restored"
-    };
+    let verb = if args.dry_run { "would restore" } else { "restored" };
     output.line(format!(
         "{verb} {} files and {} folders of snapshot {}, {}, in {}",
         summary.files,
@@ -105,18 +98,8 @@ pub(super) fn run(
     }
     let dry_run = args.dry_run;
     let r#type = "summary";
-    output.object(&SummaryLine {
-        r#type,
-        snapshot: id,
-        summary,
-        seconds: elapsed,
-        dry_run,
-    })?;
-    Ok(if summary.files_failed > 0 {
-        INCOMPLETE
-    } else {
-        DONE
-    })
+    output.object(&SummaryLine { r#type, snapshot: id, summary, seconds: elapsed, dry_run })?;
+    Ok(if summary.files_failed > 0 { INCOMPLETE } else { DONE })
 }
 
 /// Which paths to restore.
@@ -142,15 +125,8 @@ impl Filter {
             }
             Ok(rules.build()?)
         };
-        let include = if args.include.is_empty() {
-            None
-        } else {
-            Some(build(&args.include)?)
-        };
-        Ok(Some(Self {
-            include,
-            exclude: build(&args.exclude)?,
-        }))
+        let include = if args.include.is_empty() { None } else { Some(build(&args.include)?) };
+        Ok(Some(Self { include, exclude: build(&args.exclude)? }))
     }
 
     fn decide(&self, path: &[u8], is_dir: bool) -> FilterResult {
@@ -158,19 +134,11 @@ impl Filter {
             return FilterResult::Take;
         }
         let path = Path::new(std::ffi::OsStr::from_bytes(path));
-        if self
-            .exclude
-            .matched_path_or_any_parents(path, is_dir)
-            .is_ignore()
-        {
+        if self.exclude.matched_path_or_any_parents(path, is_dir).is_ignore() {
             return FilterResult::Prune;
         }
         match &self.include {
-            Some(include)
-                if !include
-                    .matched_path_or_any_parents(path, is_dir)
-                    .is_ignore() =>
-            {
+            Some(include) if !include.matched_path_or_any_parents(path, is_dir).is_ignore() => {
                 FilterResult::Skip
             }
             _ => FilterResult::Take,
@@ -190,21 +158,12 @@ mod tests {
             restore: Restore,
         }
         let line = [&["x", "latest", "--target", "/t"], options].concat();
-        Filter::new(&Line::parse_from(line).restore)
-            .unwrap()
-            .unwrap()
+        Filter::new(&Line::parse_from(line).restore).unwrap().unwrap()
     }
 
     #[test]
     fn patterns_choose_files_with_what_lies_below() {
-        let filter = filter(&[
-            "--include",
-            "*.txt",
-            "--include",
-            "docs/",
-            "--exclude",
-            "/old",
-        ]);
+        let filter = filter(&["--include", "*.txt", "--include", "docs/", "--exclude", "/old"]);
         let table = [
             (&b"a.txt"[..], false, FilterResult::Take),
             (b"deep/down/a.txt", false, FilterResult::Take),
@@ -216,12 +175,7 @@ mod tests {
             (b"old/a.txt", false, FilterResult::Prune),
         ];
         for (path, is_dir, expected) in table {
-            assert_eq!(
-                filter.decide(path, is_dir),
-                expected,
-                "{}",
-                path.escape_ascii()
-            );
+            assert_eq!(filter.decide(path, is_dir), expected, "{}", path.escape_ascii());
         }
     }
 }

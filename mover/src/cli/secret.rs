@@ -50,9 +50,7 @@ pub(super) fn given(global: &Global) -> Result<Given> {
     }
     match std::env::var_os("EBACKUP_PASSWORD") {
         Some(password) if password.is_empty() => bail!("EBACKUP_PASSWORD is set, but empty"),
-        Some(password) => Ok(Given::Unlock(Unlock::Passphrase(
-            password.into_encoded_bytes(),
-        ))),
+        Some(password) => Ok(Given::Unlock(Unlock::Passphrase(password.into_encoded_bytes()))),
         None => Ok(Given::Default),
     }
 }
@@ -95,10 +93,7 @@ pub(super) fn unlock(global: &Global, id: RepositoryId) -> Result<Unlock> {
 pub(super) fn store(global: &Global) -> Result<Arc<dyn ObjectStore>> {
     let path = path(global)?;
     if !path.exists() {
-        bail!(
-            "there is no repository at '{}': make one with 'ebackup init'",
-            path.display()
-        );
+        bail!("there is no repository at '{}': make one with 'ebackup init'", path.display());
     }
     let store = LocalStore::open(&path);
     Ok(Arc::new(store.with_context(|| cannot_open(&path))?))
@@ -149,11 +144,7 @@ fn cannot_open(path: &Path) -> String {
 /// # Errors
 /// When the user has no configuration folder.
 pub(super) fn default_key_file(id: RepositoryId) -> Result<PathBuf> {
-    let set = |name| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let config = set("XDG_CONFIG_HOME").or_else(|| set("HOME").map(|home| home.join(".config")));
     let config = config.context("neither XDG_CONFIG_HOME nor HOME is set: give a secret")?;
     Ok(config.join("ebackup/keys").join(format!("{id}.key")))
@@ -169,10 +160,7 @@ pub(super) fn read_password(path: &Path) -> Result<Vec<u8>> {
     let line = text.split(|byte| *byte == b'\n').next().unwrap_or_default();
     let line = line.strip_suffix(b"\r").unwrap_or(line);
     if line.is_empty() {
-        bail!(
-            "the first line of the password file '{}' is empty",
-            path.display()
-        );
+        bail!("the first line of the password file '{}' is empty", path.display());
     }
     Ok(line.to_vec())
 }
@@ -185,16 +173,10 @@ pub(super) fn read_key_file(path: &Path) -> Result<Secret> {
     let text = fs::read_to_string(path)
         .with_context(|| format!("cannot read the key file '{}'", path.display()))?;
     let mut lines = text.lines();
-    let titled = lines
-        .next()
-        .is_some_and(|line| line.starts_with(KEY_FILE_TITLE));
-    let key = lines
-        .next()
-        .filter(|_| titled)
-        .and_then(|line| unhex(line.trim()));
+    let titled = lines.next().is_some_and(|line| line.starts_with(KEY_FILE_TITLE));
+    let key = lines.next().filter(|_| titled).and_then(|line| unhex(line.trim()));
     let key = key.and_then(|key| key.try_into().ok());
-    key.map(Secret)
-        .with_context(|| format!("'{}' is not a key file of ebackup", path.display()))
+    key.map(Secret).with_context(|| format!("'{}' is not a key file of ebackup", path.display()))
 }
 
 /// Writes a new key file, readable by its owner alone, durably.
@@ -203,9 +185,7 @@ pub(super) fn read_key_file(path: &Path) -> Result<Secret> {
 /// When it exists or cannot be written.
 pub(super) fn write_key_file(path: &Path, secret: &Secret, comment: &str) -> Result<()> {
     let cannot = || format!("cannot write the key file '{}'", path.display());
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty());
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     let folder = folder.unwrap_or(Path::new("."));
     fs::create_dir_all(folder).with_context(cannot)?;
     let mut file = fs::OpenOptions::new()
@@ -216,9 +196,7 @@ pub(super) fn write_key_file(path: &Path, secret: &Secret, comment: &str) -> Res
         .with_context(cannot)?;
     writeln!(file, "{KEY_FILE_TITLE} {comment}\n{}", hex(&secret.0)).with_context(cannot)?;
     file.sync_all().with_context(cannot)?;
-    fs::File::open(folder)
-        .and_then(|folder| folder.sync_all())
-        .with_context(cannot)
+    fs::File::open(folder).and_then(|folder| folder.sync_all()).with_context(cannot)
 }
 
 /// Memory and threads, from the command line, the control group and the machine.
@@ -228,9 +206,7 @@ pub(super) fn write_key_file(path: &Path, secret: &Secret, comment: &str) -> Res
 pub(super) fn resources(global: &Global) -> Result<Resources> {
     let given = crate::cgroup::memory_bytes().map(|limit| limit / 4 * 3);
     let memory = global.memory.unwrap_or_else(|| {
-        given.map_or(MEMORY_BYTES_DEFAULT, |limit| {
-            limit.min(MEMORY_BYTES_DEFAULT)
-        })
+        given.map_or(MEMORY_BYTES_DEFAULT, |limit| limit.min(MEMORY_BYTES_DEFAULT))
     });
     if memory < MEMORY_BYTES_MIN {
         let hint = match global.memory {
@@ -239,10 +215,7 @@ pub(super) fn resources(global: &Global) -> Result<Resources> {
                 "raise the memory limit of the control group to 128 MiB, or force it with --memory"
             }
         };
-        bail!(
-            "{} MiB of memory are too few, 96 MiB are the least: {hint}",
-            memory >> 20
-        );
+        bail!("{} MiB of memory are too few, 96 MiB are the least: {hint}", memory >> 20);
     }
     Ok(Resources::new(memory, crate::cgroup::cpus()))
 }

@@ -41,10 +41,7 @@ impl<'a> SnapshotLine<'a> {
             dirs: snapshot.summary.dirs,
             bytes_stored: snapshot.summary.bytes_stored,
             parent: snapshot.parent,
-            seconds: snapshot
-                .finished
-                .duration_since(snapshot.started)
-                .as_secs_f64(),
+            seconds: snapshot.finished.duration_since(snapshot.started).as_secs_f64(),
         }
     }
 }
@@ -66,9 +63,7 @@ pub(super) fn find(
         .filter(|(_, snapshot)| lineage.is_none_or(|lineage| snapshot.lineage == lineage))
         .collect();
     if name == "latest" {
-        let of = lineage
-            .map(|lineage| format!(" of lineage '{lineage}'"))
-            .unwrap_or_default();
+        let of = lineage.map(|lineage| format!(" of lineage '{lineage}'")).unwrap_or_default();
         return match matching.pop() {
             Some(newest) => Ok(newest),
             None if damaged > 0 => {
@@ -118,12 +113,7 @@ mod tests {
 
     #[test]
     fn paths_become_keys() {
-        for (path, key) in [
-            ("", &b""[..]),
-            ("/", b""),
-            ("a", b"a"),
-            ("./a//b/", b"a\0b"),
-        ] {
+        for (path, key) in [("", &b""[..]), ("/", b""), ("a", b"a"), ("./a//b/", b"a\0b")] {
             assert_eq!(key_of(Path::new(path)).unwrap(), key, "{path}");
         }
         assert!(key_of(Path::new("a/../b")).is_err());

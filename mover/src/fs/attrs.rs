@@ -16,9 +16,7 @@
 use super::dir::{Dir, checked, statx_fd};
 use super::meta::{Kind, Meta, Timestamp};
 use super::xattr::proc_path;
-use rustix::fs::{
-    AtFlags, CWD, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags,
-};
+use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
@@ -58,11 +56,7 @@ pub struct Current {
 
 impl From<&Meta> for Current {
     fn from(meta: &Meta) -> Self {
-        Self {
-            uid: meta.uid,
-            gid: meta.gid,
-            mode: meta.mode,
-        }
+        Self { uid: meta.uid, gid: meta.gid, mode: meta.mode }
     }
 }
 
@@ -102,27 +96,15 @@ pub fn apply(
 ) -> Vec<AttrFailure> {
     let pinned;
     let handle = match target {
-        Target::File(file) => Handle {
-            fd: file.as_fd(),
-            path_only: false,
-        },
-        Target::Dir(dir) => Handle {
-            fd: dir.as_fd(),
-            path_only: false,
-        },
+        Target::File(file) => Handle { fd: file.as_fd(), path_only: false },
+        Target::Dir(dir) => Handle { fd: dir.as_fd(), path_only: false },
         Target::Name(dir, name) => match pin(dir, name, meta.kind) {
             Ok(fd) => {
                 pinned = fd;
-                Handle {
-                    fd: pinned.as_fd(),
-                    path_only: true,
-                }
+                Handle { fd: pinned.as_fd(), path_only: true }
             }
             Err(error) => {
-                return vec![AttrFailure {
-                    what: Attr::Entry,
-                    error,
-                }];
+                return vec![AttrFailure { what: Attr::Entry, error }];
             }
         },
     };
@@ -133,9 +115,7 @@ pub fn apply(
         done
     };
 
-    let mut owned = options
-        .current
-        .is_some_and(|now| (now.uid, now.gid) == (meta.uid, meta.gid));
+    let mut owned = options.current.is_some_and(|now| (now.uid, now.gid) == (meta.uid, meta.gid));
     let chown = options.owner && !owned;
     if chown {
         owned = note(Attr::Owner, handle.chown(meta.uid, meta.gid));
@@ -169,9 +149,7 @@ fn pin(dir: &Dir, name: &[u8], kind: Kind) -> io::Result<File> {
     if found == kind {
         Ok(fd.into())
     } else {
-        Err(io::Error::other(format!(
-            "a {found:?} took the place of the {kind:?}"
-        )))
+        Err(io::Error::other(format!("a {found:?} took the place of the {kind:?}")))
     }
 }
 
@@ -188,13 +166,7 @@ impl Handle<'_> {
             return Err(Errno::INVAL.into());
         }
         let (uid, gid) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
-        Ok(rustix::fs::chownat(
-            self.fd,
-            c"",
-            uid,
-            gid,
-            AtFlags::EMPTY_PATH,
-        )?)
+        Ok(rustix::fs::chownat(self.fd, c"", uid, gid, AtFlags::EMPTY_PATH)?)
     }
 
     fn chmod(&self, mode: u32) -> io::Result<()> {
@@ -209,11 +181,7 @@ impl Handle<'_> {
 
     fn chmod_unless(&self, mode: u32) -> io::Result<()> {
         let now = Meta::of(&statx_fd(self.fd)?)?.mode;
-        if now == mode {
-            Ok(())
-        } else {
-            self.chmod(mode)
-        }
+        if now == mode { Ok(()) } else { self.chmod(mode) }
     }
 
     fn set_xattr(&self, name: &[u8], value: &[u8]) -> io::Result<()> {
@@ -256,25 +224,13 @@ mod tests {
     use crate::fs::testing::{fresh, is_root, say_loudly};
 
     const MTIMES: [Timestamp; 3] = [
-        Timestamp {
-            seconds: 1_700_000_000,
-            nanos: 123_456_789,
-        },
-        Timestamp {
-            seconds: -1,
-            nanos: 999_999_999,
-        },
-        Timestamp {
-            seconds: -86_400 * 365,
-            nanos: 1,
-        },
+        Timestamp { seconds: 1_700_000_000, nanos: 123_456_789 },
+        Timestamp { seconds: -1, nanos: 999_999_999 },
+        Timestamp { seconds: -86_400 * 365, nanos: 1 },
     ];
 
     fn owner() -> ApplyOptions {
-        ApplyOptions {
-            owner: true,
-            current: None,
-        }
+        ApplyOptions { owner: true, current: None }
     }
 
     /// An ACL: owner rw-, user 1234 r--, group r--, mask r--, other ---.
@@ -310,25 +266,16 @@ mod tests {
                 (b"link", Target::Name(&dir, b"link")),
                 (b"fifo", Target::Name(&dir, b"fifo")),
             ] {
-                let meta = Meta {
-                    mtime,
-                    ..dir.lstat(name).unwrap()
-                };
+                let meta = Meta { mtime, ..dir.lstat(name).unwrap() };
                 assert!(apply(target, &meta, &[], &owner()).is_empty());
                 assert_eq!(dir.lstat(name).unwrap().mtime, mtime);
             }
         }
         let meta = Meta {
-            mtime: Timestamp {
-                seconds: 0,
-                nanos: 1_000_000_000,
-            },
+            mtime: Timestamp { seconds: 0, nanos: 1_000_000_000 },
             ..dir.lstat(b"file").unwrap()
         };
-        assert_eq!(
-            apply(Target::File(&file), &meta, &[], &owner())[0].what,
-            Attr::Times
-        );
+        assert_eq!(apply(Target::File(&file), &meta, &[], &owner())[0].what, Attr::Times);
     }
 
     #[test]
@@ -353,17 +300,8 @@ mod tests {
         ] {
             for current in [None, Some(Current::from(&dir.lstat(name).unwrap()))] {
                 let now = dir.lstat(name).unwrap();
-                let meta = Meta {
-                    uid: 1234,
-                    gid: 4321,
-                    mode,
-                    mtime: MTIMES[1],
-                    ..now
-                };
-                let options = ApplyOptions {
-                    owner: true,
-                    current,
-                };
+                let meta = Meta { uid: 1234, gid: 4321, mode, mtime: MTIMES[1], ..now };
+                let options = ApplyOptions { owner: true, current };
                 assert!(apply(target, &meta, &[], &options).is_empty());
                 let now = dir.lstat(name).unwrap();
                 assert_eq!((now.uid, now.gid, now.mode), (1234, 4321, mode), "{name:?}");
@@ -378,53 +316,21 @@ mod tests {
         let (_temp, dir) = fresh();
         let file = dir.create_file(b"file").unwrap();
         let now = dir.lstat(b"file").unwrap();
-        let meta = Meta {
-            mode: 0o6755,
-            uid: now.uid + 1,
-            ..now
-        };
-        let options = ApplyOptions {
-            owner: false,
-            current: Some(Current::from(&now)),
-        };
+        let meta = Meta { mode: 0o6755, uid: now.uid + 1, ..now };
+        let options = ApplyOptions { owner: false, current: Some(Current::from(&now)) };
         assert!(apply(Target::File(&file), &meta, &[], &options).is_empty());
         assert_eq!(dir.lstat(b"file").unwrap().mode, 0o755);
-        let unknown = ApplyOptions {
-            owner: false,
-            current: None,
-        };
-        apply(
-            Target::File(&file),
-            &Meta {
-                uid: now.uid,
-                ..meta
-            },
-            &[],
-            &unknown,
-        );
+        let unknown = ApplyOptions { owner: false, current: None };
+        apply(Target::File(&file), &Meta { uid: now.uid, ..meta }, &[], &unknown);
         assert_eq!(dir.lstat(b"file").unwrap().mode, 0o755);
         let known = ApplyOptions {
             owner: false,
-            current: Some(Current {
-                mode: 0o755,
-                ..Current::from(&now)
-            }),
+            current: Some(Current { mode: 0o755, ..Current::from(&now) }),
         };
-        apply(
-            Target::File(&file),
-            &Meta {
-                uid: now.uid,
-                ..meta
-            },
-            &[],
-            &known,
-        );
+        apply(Target::File(&file), &Meta { uid: now.uid, ..meta }, &[], &known);
         assert_eq!(dir.lstat(b"file").unwrap().mode, 0o6755);
         // A chown that fails, for root too: no such id.
-        let meta = Meta {
-            uid: u32::MAX,
-            ..meta
-        };
+        let meta = Meta { uid: u32::MAX, ..meta };
         let failures = apply(Target::File(&file), &meta, &[], &owner());
         assert_eq!(failures.len(), 1);
         assert_eq!(failures[0].what, Attr::Owner);
@@ -446,25 +352,15 @@ mod tests {
         let file = dir.create_file(b"new").unwrap();
         // Version 2, CAP_NET_BIND_SERVICE permitted.
         let capability = [0, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0].to_vec();
-        let xattrs = [
-            (b"security.capability".to_vec(), capability),
-            (access, acl()),
-        ];
-        let meta = Meta {
-            uid: 1234,
-            mode: 0o4640,
-            ..dir.lstat(b"new").unwrap()
-        };
+        let xattrs = [(b"security.capability".to_vec(), capability), (access, acl())];
+        let meta = Meta { uid: 1234, mode: 0o4640, ..dir.lstat(b"new").unwrap() };
         assert!(apply(Target::File(&file), &meta, &xattrs, &owner()).is_empty());
         assert_eq!(super::super::file_xattrs(&file).unwrap().entries, xattrs);
         let now = dir.lstat(b"new").unwrap();
         assert_eq!((now.uid, now.mode), (1234, 0o4640));
         let sub = dir.make_dir(b"dir").unwrap();
         let xattrs = [(b"system.posix_acl_default".to_vec(), acl())];
-        let meta = Meta {
-            mode: 0o2750,
-            ..sub.stat().unwrap()
-        };
+        let meta = Meta { mode: 0o2750, ..sub.stat().unwrap() };
         assert!(apply(Target::Dir(&sub), &meta, &xattrs, &owner()).is_empty());
         assert_eq!(sub.own_xattrs().unwrap().entries, xattrs);
         assert_eq!(sub.stat().unwrap().mode, 0o2750);
@@ -475,10 +371,7 @@ mod tests {
         let (_temp, dir) = fresh();
         let file = dir.create_file(b"file").unwrap();
         let xattrs = [(b"system.posix_acl_access".to_vec(), acl())];
-        let meta = Meta {
-            mode: 0o755,
-            ..dir.lstat(b"file").unwrap()
-        };
+        let meta = Meta { mode: 0o755, ..dir.lstat(b"file").unwrap() };
         apply(Target::File(&file), &meta, &xattrs, &owner());
         assert_eq!(dir.lstat(b"file").unwrap().mode, 0o755);
     }
@@ -502,20 +395,13 @@ mod tests {
     fn entry_swapped_for_a_link_is_left_alone() {
         let (temp, dir) = fresh();
         dir.make_node(b"fifo", Kind::Fifo, 0, 0).unwrap();
-        let meta = Meta {
-            mode: 0o777,
-            mtime: MTIMES[0],
-            ..dir.lstat(b"fifo").unwrap()
-        };
+        let meta = Meta { mode: 0o777, mtime: MTIMES[0], ..dir.lstat(b"fifo").unwrap() };
         dir.create_file(b"victim").unwrap();
         dir.unlink(b"fifo").unwrap();
         std::os::unix::fs::symlink("victim", temp.path().join("fifo")).unwrap();
         let before = dir.lstat(b"victim").unwrap();
         let failures = apply(Target::Name(&dir, b"fifo"), &meta, &[], &owner());
-        assert_eq!(
-            failures[0].to_string(),
-            "Entry: a Symlink took the place of the Fifo"
-        );
+        assert_eq!(failures[0].to_string(), "Entry: a Symlink took the place of the Fifo");
         assert_eq!(dir.lstat(b"victim").unwrap(), before);
     }
 }

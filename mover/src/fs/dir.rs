@@ -17,9 +17,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
-const READ_DIR: OFlags = OFlags::RDONLY
-    .union(OFlags::DIRECTORY)
-    .union(OFlags::CLOEXEC);
+const READ_DIR: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
 /// An open directory; clones share the descriptor.
 #[derive(Clone, Debug)]
@@ -52,9 +50,7 @@ impl Dir {
         if (meta.dev, meta.ino) == (expect_dev, expect_ino) {
             Ok(parent)
         } else {
-            Err(io::Error::other(
-                "the directory was moved meanwhile: its parent is another one",
-            ))
+            Err(io::Error::other("the directory was moved meanwhile: its parent is another one"))
         }
     }
 
@@ -71,12 +67,7 @@ impl Dir {
     /// Describes the entry `name`, a symlink itself rather than its target.
     pub fn lstat(&self, name: &[u8]) -> io::Result<Meta> {
         let flags = AtFlags::SYMLINK_NOFOLLOW;
-        Meta::of(&rustix::fs::statx(
-            self,
-            checked(name)?,
-            flags,
-            StatxFlags::BASIC_STATS,
-        )?)
+        Meta::of(&rustix::fs::statx(self, checked(name)?, flags, StatxFlags::BASIC_STATS)?)
     }
 
     /// Opens the regular file `name` for reading and describes what was opened.
@@ -91,10 +82,7 @@ impl Dir {
         if meta.kind == Kind::File {
             Ok((file, meta))
         } else {
-            Err(io::Error::other(format!(
-                "not a regular file any more but a {:?}",
-                meta.kind
-            )))
+            Err(io::Error::other(format!("not a regular file any more but a {:?}", meta.kind)))
         }
     }
 
@@ -132,53 +120,28 @@ impl Dir {
             Kind::File | Kind::Dir | Kind::Symlink => return Err(Errno::INVAL.into()),
         };
         let mode = Mode::RUSR | Mode::WUSR;
-        Ok(rustix::fs::mknodat(
-            self,
-            checked(name)?,
-            file_type,
-            mode,
-            dev,
-        )?)
+        Ok(rustix::fs::mknodat(self, checked(name)?, file_type, mode, dev)?)
     }
 
     /// Gives the entry `name` the further name `new_name` in `to`; a symlink itself is linked.
     pub fn link(&self, name: &[u8], to: &Self, new_name: &[u8]) -> io::Result<()> {
         let (name, new_name) = (checked(name)?, checked(new_name)?);
-        Ok(rustix::fs::linkat(
-            self,
-            name,
-            to,
-            new_name,
-            AtFlags::empty(),
-        )?)
+        Ok(rustix::fs::linkat(self, name, to, new_name, AtFlags::empty())?)
     }
 
     /// Renames the entry `name` to `new_name` in `to`, replacing what is there.
     pub fn rename(&self, name: &[u8], to: &Self, new_name: &[u8]) -> io::Result<()> {
-        Ok(rustix::fs::renameat(
-            self,
-            checked(name)?,
-            to,
-            checked(new_name)?,
-        )?)
+        Ok(rustix::fs::renameat(self, checked(name)?, to, checked(new_name)?)?)
     }
 
     /// Removes the name of anything but a directory.
     pub fn unlink(&self, name: &[u8]) -> io::Result<()> {
-        Ok(rustix::fs::unlinkat(
-            self,
-            checked(name)?,
-            AtFlags::empty(),
-        )?)
+        Ok(rustix::fs::unlinkat(self, checked(name)?, AtFlags::empty())?)
     }
 
     /// Removes the empty directory `name`.
     pub fn remove_dir(&self, name: &[u8]) -> io::Result<()> {
-        Ok(rustix::fs::unlinkat(
-            self,
-            checked(name)?,
-            AtFlags::REMOVEDIR,
-        )?)
+        Ok(rustix::fs::unlinkat(self, checked(name)?, AtFlags::REMOVEDIR)?)
     }
 
     fn of(fd: OwnedFd) -> Self {
@@ -189,21 +152,13 @@ impl Dir {
 /// Lets only plain names through; NUL bytes are refused by rustix.
 pub(super) fn checked(name: &[u8]) -> io::Result<&[u8]> {
     if matches!(name, b"" | b"." | b"..") || name.contains(&b'/') {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "not a plain file name",
-        ));
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a plain file name"));
     }
     Ok(name)
 }
 
 pub(super) fn statx_fd(fd: impl AsFd) -> io::Result<Statx> {
-    Ok(rustix::fs::statx(
-        fd,
-        c"",
-        AtFlags::EMPTY_PATH,
-        StatxFlags::BASIC_STATS,
-    )?)
+    Ok(rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?)
 }
 
 /// Opens without touching the access time where we may: only the owner and root can ask for that.
@@ -288,10 +243,7 @@ mod tests {
         let (_temp, dir) = fresh();
         let mut nodes = vec![(Kind::Fifo, 0, 0), (Kind::Socket, 0, 0)];
         if is_root("the creation of devices") {
-            nodes.extend([
-                (Kind::CharDevice, 1, 3),
-                (Kind::BlockDevice, 4095, 1_048_575),
-            ]);
+            nodes.extend([(Kind::CharDevice, 1, 3), (Kind::BlockDevice, 4095, 1_048_575)]);
         }
         for (kind, major, minor) in nodes {
             dir.make_node(b"node", kind, major, minor).unwrap();
@@ -309,19 +261,8 @@ mod tests {
         let inner = dir.make_dir(b"one").unwrap().make_dir(b"inner").unwrap();
         let other = dir.make_dir(b"other").unwrap();
         let one = dir.lstat(b"one").unwrap();
-        assert_eq!(
-            inner
-                .reopen_parent(one.dev, one.ino)
-                .unwrap()
-                .stat()
-                .unwrap()
-                .ino,
-            one.ino
-        );
-        dir.open_dir(b"one")
-            .unwrap()
-            .rename(b"inner", &other, b"inner")
-            .unwrap();
+        assert_eq!(inner.reopen_parent(one.dev, one.ino).unwrap().stat().unwrap().ino, one.ino);
+        dir.open_dir(b"one").unwrap().rename(b"inner", &other, b"inner").unwrap();
         inner.reopen_parent(one.dev, one.ino).unwrap_err();
     }
 

@@ -63,11 +63,7 @@ mod tests {
         file.write_all_at(b"first", 1 << 20).unwrap();
         file.write_all_at(&[1; 200_000], 40 << 20).unwrap();
         let found = ranges(&file, size);
-        let covers = |at: u64| {
-            found
-                .iter()
-                .any(|(start, len)| (*start..start + len).contains(&at))
-        };
+        let covers = |at: u64| found.iter().any(|(start, len)| (*start..start + len).contains(&at));
         assert!(covers(1 << 20) && covers(40 << 20) && covers((40 << 20) + 199_999));
         if file.metadata().unwrap().blocks() * 512 < size {
             let total: u64 = found.iter().map(|(_, len)| len).sum();

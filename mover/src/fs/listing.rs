@@ -90,18 +90,12 @@ impl Listing {
             table.push(name, kind_of(entry.file_type()));
         }
         table.sort();
-        let rest = TableReader {
-            table: table.take_exact(),
-            next: 0,
-        };
+        let rest = TableReader { table: table.take_exact(), next: 0 };
         BUFFERS.set(Some(buffers));
         let Some(spill) = spill else {
             return Ok(Self(Names::Table(rest)));
         };
-        let runs = spill
-            .runs
-            .iter()
-            .map(|run| Source::Run(run.reader(&spill.file)));
+        let runs = spill.runs.iter().map(|run| Source::Run(run.reader(&spill.file)));
         let merge = Merge::new(runs.chain([Source::Table(rest)]).collect())?;
         Ok(Self(Names::Merge(merge)))
     }
@@ -112,11 +106,7 @@ impl Listing {
     /// Only when names had to be written to `scratch` and cannot be read back.
     pub fn next_entry(&mut self) -> io::Result<Option<Entry<'_>>> {
         match &mut self.0 {
-            Names::Table(reader) => Ok(if reader.advance() {
-                Some(reader.head())
-            } else {
-                None
-            }),
+            Names::Table(reader) => Ok(if reader.advance() { Some(reader.head()) } else { None }),
             Names::Merge(merge) => merge.next_entry(),
         }
     }
@@ -154,10 +144,8 @@ impl Table {
         if peak > limit_bytes && !self.index.is_empty() {
             return false;
         }
-        self.arena
-            .reserve_exact(arena.saturating_sub(self.arena.len()));
-        self.index
-            .reserve_exact(index.saturating_sub(self.index.len()));
+        self.arena.reserve_exact(arena.saturating_sub(self.arena.len()));
+        self.index.reserve_exact(index.saturating_sub(self.index.len()));
         true
     }
 
@@ -168,10 +156,7 @@ impl Table {
     }
 
     fn entry(&self, packed: u64) -> Entry<'_> {
-        Entry {
-            name: name_in(&self.arena, packed),
-            kind: kind_of_code((packed >> 16) as u8),
-        }
+        Entry { name: name_in(&self.arena, packed), kind: kind_of_code((packed >> 16) as u8) }
     }
 
     fn sort(&mut self) {
@@ -185,20 +170,13 @@ impl Table {
         if self.arena.capacity() + self.index.capacity() * 8 > KEPT_BYTES {
             return std::mem::take(self);
         }
-        Self {
-            arena: self.arena.as_slice().to_vec(),
-            index: self.index.as_slice().to_vec(),
-        }
+        Self { arena: self.arena.as_slice().to_vec(), index: self.index.as_slice().to_vec() }
     }
 }
 
 /// The capacity to grow to, or 0 when there is enough.
 fn grown(capacity: usize, needed: usize, least: usize) -> usize {
-    if needed <= capacity {
-        0
-    } else {
-        needed.max(2 * capacity).max(least)
-    }
+    if needed <= capacity { 0 } else { needed.max(2 * capacity).max(least) }
 }
 
 fn name_in(arena: &[u8], packed: u64) -> &[u8] {
@@ -267,11 +245,7 @@ struct Run {
 
 impl Spill {
     fn new(scratch: &Path) -> io::Result<Self> {
-        Ok(Self {
-            file: Arc::new(unnamed_file(scratch)?),
-            end: 0,
-            runs: Vec::new(),
-        })
+        Ok(Self { file: Arc::new(unnamed_file(scratch)?), end: 0, runs: Vec::new() })
     }
 
     fn write_table(&mut self, table: &Table) -> io::Result<()> {
@@ -286,13 +260,9 @@ impl Spill {
             return Ok(());
         }
         // Always merging the shorter runs writes each name only log32(runs) times.
-        self.runs
-            .sort_unstable_by_key(|run| std::cmp::Reverse(run.end - run.start));
+        self.runs.sort_unstable_by_key(|run| std::cmp::Reverse(run.end - run.start));
         let short = self.runs.split_off(RUNS_MAX / 2);
-        let readers = short
-            .iter()
-            .map(|run| Source::Run(run.reader(&self.file)))
-            .collect();
+        let readers = short.iter().map(|run| Source::Run(run.reader(&self.file))).collect();
         let mut merge = Merge::new(readers)?;
         self.write_run(|out| match merge.next_entry()? {
             Some(entry) => write_record(out, entry),
@@ -315,10 +285,7 @@ impl Spill {
         }
         out.flush()?;
         drop(out);
-        self.runs.push(Run {
-            start,
-            end: self.end,
-        });
+        self.runs.push(Run { start, end: self.end });
         Ok(())
     }
 }
@@ -379,25 +346,19 @@ impl RunReader {
         self.buffer.copy_within(self.head.., 0);
         self.head = 0;
         let room = RUN_BUFFER_BYTES.max(wanted) - left;
-        let read = usize::try_from(self.end - self.next)
-            .unwrap_or(room)
-            .min(room);
+        let read = usize::try_from(self.end - self.next).unwrap_or(room).min(room);
         if left + read < wanted {
             return Err(io::Error::other("a run of names ends within a name"));
         }
         self.buffer.resize(left + read, 0);
-        self.file
-            .read_exact_at(&mut self.buffer[left..], self.next)?;
+        self.file.read_exact_at(&mut self.buffer[left..], self.next)?;
         self.next += read as u64;
         Ok(())
     }
 
     fn head(&self) -> Entry<'_> {
         let record = &self.buffer[self.head..self.head_end];
-        Entry {
-            name: &record[3..],
-            kind: kind_of_code(record[2]),
-        }
+        Entry { name: &record[3..], kind: kind_of_code(record[2]) }
     }
 }
 
@@ -441,11 +402,7 @@ impl Merge {
             }
         }
         heap.sort_by(|a, b| sources[*a].head().name.cmp(sources[*b].head().name));
-        Ok(Self {
-            sources,
-            heap,
-            last: None,
-        })
+        Ok(Self { sources, heap, last: None })
     }
 
     fn next_entry(&mut self) -> io::Result<Option<Entry<'_>>> {
@@ -502,12 +459,7 @@ fn unnamed_file(dir: &Path) -> io::Result<File> {
     loop {
         let number = NEXT.fetch_add(1, atomic::Ordering::Relaxed);
         let path = dir.join(format!(".names-{}-{number}", std::process::id()));
-        match openat(
-            CWD,
-            &path,
-            flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW,
-            mode,
-        ) {
+        match openat(CWD, &path, flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW, mode) {
             Ok(file) => {
                 unlinkat(CWD, &path, AtFlags::empty())?;
                 return Ok(file.into());
@@ -539,9 +491,8 @@ mod tests {
 
     fn sorted_by_std(path: &Path) -> Vec<Vec<u8>> {
         let entries = std::fs::read_dir(path).unwrap();
-        let mut names: Vec<_> = entries
-            .map(|entry| entry.unwrap().file_name().into_vec())
-            .collect();
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.unwrap().file_name().into_vec()).collect();
         names.sort();
         names
     }
@@ -615,10 +566,7 @@ mod tests {
         let mut spill = Spill::new(scratch.path()).unwrap();
         spill.write_table(&table).unwrap();
         spill.write_table(&table).unwrap();
-        let sources = spill
-            .runs
-            .iter()
-            .map(|run| Source::Run(run.reader(&spill.file)));
+        let sources = spill.runs.iter().map(|run| Source::Run(run.reader(&spill.file)));
         let merge = Merge::new(sources.collect()).unwrap();
         assert_eq!(names(&mut Listing(Names::Merge(merge))), [b"a", b"b"]);
     }
@@ -634,10 +582,7 @@ mod tests {
             table.push(name, Some(Kind::BlockDevice));
             spill.write_table(&table).unwrap();
         }
-        let sources = spill
-            .runs
-            .iter()
-            .map(|run| Source::Run(run.reader(&spill.file)));
+        let sources = spill.runs.iter().map(|run| Source::Run(run.reader(&spill.file)));
         let merge = Merge::new(sources.collect()).unwrap();
         assert_eq!(names(&mut Listing(Names::Merge(merge))), long);
     }
@@ -652,9 +597,6 @@ mod tests {
             count += 1;
             assert!(table.arena.capacity() + table.index.capacity() * 8 <= limit);
         }
-        assert!(
-            count * 28 > limit / 3,
-            "{count} names are too few for the limit"
-        );
+        assert!(count * 28 > limit / 3, "{count} names are too few for the limit");
     }
 }

@@ -25,10 +25,7 @@ pub(super) fn kind_of(file_type: FileType) -> Option<Kind> {
 }
 
 fn timestamp(time: StatxTimestamp) -> Timestamp {
-    Timestamp {
-        seconds: time.tv_sec,
-        nanos: time.tv_nsec,
-    }
+    Timestamp { seconds: time.tv_sec, nanos: time.tv_nsec }
 }
 
 /// The metadata of one entry.
@@ -105,10 +102,7 @@ mod tests {
         assert_eq!(ours.kind, Kind::File);
         assert_eq!(ours.mode, std.mode() & 0o7777);
         assert_eq!((ours.uid, ours.gid), (std.uid(), std.gid()));
-        assert_eq!(
-            (ours.dev, ours.ino, ours.nlink),
-            (std.dev(), std.ino(), std.nlink())
-        );
+        assert_eq!((ours.dev, ours.ino, ours.nlink), (std.dev(), std.ino(), std.nlink()));
         assert_eq!((ours.size, ours.blocks_512), (5000, std.blocks()));
         assert_eq!(ours.mtime.seconds, std.mtime());
         assert_eq!(i64::from(ours.mtime.nanos), std.mtime_nsec());
@@ -117,22 +111,10 @@ mod tests {
 
     #[test]
     fn timestamps_order_across_1970() {
-        let before = Timestamp {
-            seconds: -1,
-            nanos: 999_999_999,
-        };
-        let after = Timestamp {
-            seconds: 0,
-            nanos: 0,
-        };
+        let before = Timestamp { seconds: -1, nanos: 999_999_999 };
+        let after = Timestamp { seconds: 0, nanos: 0 };
         assert!(before < after);
-        assert!(
-            before
-                > Timestamp {
-                    seconds: -1,
-                    nanos: 0
-                }
-        );
+        assert!(before > Timestamp { seconds: -1, nanos: 0 });
     }
 
     #[test]

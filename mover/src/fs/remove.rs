@@ -90,10 +90,7 @@ fn enter(parent: &Dir, name: &[u8], parent_dev: u64) -> io::Result<(Dir, Level)>
     let dir = parent.open_dir(name)?;
     let stat = statx_fd(&dir)?;
     let meta = Meta::of(&stat)?;
-    let mounted = if stat
-        .stx_attributes_mask
-        .contains(StatxAttributes::MOUNT_ROOT)
-    {
+    let mounted = if stat.stx_attributes_mask.contains(StatxAttributes::MOUNT_ROOT) {
         stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT)
     } else {
         meta.dev != parent_dev
@@ -213,9 +210,7 @@ mod tests {
         }
         let mut level = enter(&dir, b"top", 0).unwrap().1;
         let mut held = HELD_BYTES - 3 * 255;
-        level
-            .scan(&top, &mut held, &mut Vec::with_capacity(4096))
-            .unwrap();
+        level.scan(&top, &mut held, &mut Vec::with_capacity(4096)).unwrap();
         assert!(!level.scanned);
         assert_eq!(level.pending.len(), 3);
         dir.remove_tree(b"top").unwrap();
@@ -230,10 +225,7 @@ mod tests {
         dir.remove_tree(b"file").unwrap();
         dir.remove_tree(b"link").unwrap();
         assert!(is_empty(temp.path()));
-        assert_eq!(
-            dir.remove_tree(b"file").unwrap_err().kind(),
-            io::ErrorKind::NotFound
-        );
+        assert_eq!(dir.remove_tree(b"file").unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

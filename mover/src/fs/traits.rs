@@ -60,11 +60,9 @@ impl FsTraits {
 
     fn of_magic(magic: u32) -> Self {
         match KNOWN.iter().find(|known| known.0 == magic) {
-            Some(&(_, name, inodes_stable, ctime_trusted)) => Self {
-                name: name.into(),
-                inodes_stable,
-                ctime_trusted,
-            },
+            Some(&(_, name, inodes_stable, ctime_trusted)) => {
+                Self { name: name.into(), inodes_stable, ctime_trusted }
+            }
             None => Self {
                 name: format!("unknown file system {magic:#x}").into(),
                 inodes_stable: false,
@@ -83,20 +81,9 @@ mod tests {
     fn local_file_systems_are_trusted_and_servers_are_not() {
         let traits = FsTraits::of_magic(0xef53);
         assert!(traits.inodes_stable && traits.ctime_trusted);
-        for magic in [
-            0x6573_5546,
-            0x6969,
-            0xff53_4d42,
-            0xfe53_4d42,
-            0x0102_1997,
-            0x00c3_6400,
-        ] {
+        for magic in [0x6573_5546, 0x6969, 0xff53_4d42, 0xfe53_4d42, 0x0102_1997, 0x00c3_6400] {
             let traits = FsTraits::of_magic(magic);
-            assert!(
-                !traits.inodes_stable && !traits.ctime_trusted,
-                "{}",
-                traits.name
-            );
+            assert!(!traits.inodes_stable && !traits.ctime_trusted, "{}", traits.name);
         }
         let unknown = FsTraits::of_magic(0x1234);
         assert_eq!(unknown.name, "unknown file system 0x1234");

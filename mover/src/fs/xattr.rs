@@ -115,10 +115,7 @@ fn read_all(place: &impl Source) -> io::Result<Xattrs> {
         Err(error) => return Err(error.into()),
     };
     let mut xattrs = Xattrs::default();
-    for name in names
-        .split(|byte| *byte == 0)
-        .filter(|name| !name.is_empty())
-    {
+    for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
         match read_whole(|buffer| place.get(name, buffer)) {
             Ok(value) => xattrs.entries.push((name.to_vec(), value)),
             Err(error) => xattrs.failures.push((name.to_vec(), error.into())),
@@ -174,20 +171,14 @@ mod tests {
         let long = vec![7; 3000];
         set_file_xattr(&file, b"user.z", &long).unwrap();
         dir.set_xattr(b"f", b"user.\xff\n", b"\0\x01").unwrap();
-        let expected = [
-            entry(b"user.probe", b""),
-            entry(b"user.z", &long),
-            entry(b"user.\xff\n", b"\0\x01"),
-        ];
+        let expected =
+            [entry(b"user.probe", b""), entry(b"user.z", &long), entry(b"user.\xff\n", b"\0\x01")];
         for found in [file_xattrs(&file).unwrap(), dir.xattrs(b"f").unwrap()] {
             assert_eq!(found.entries, expected);
             assert!(found.failures.is_empty());
         }
         dir.set_own_xattr(b"user.dir", b"d").unwrap();
-        assert_eq!(
-            dir.own_xattrs().unwrap().entries,
-            [entry(b"user.dir", b"d")]
-        );
+        assert_eq!(dir.own_xattrs().unwrap().entries, [entry(b"user.dir", b"d")]);
     }
 
     #[test]
@@ -214,16 +205,10 @@ mod tests {
         }
         for name in [&b"link"[..], b"fifo"] {
             dir.set_xattr(name, b"trusted.t", name).unwrap();
-            assert_eq!(
-                dir.xattrs(name).unwrap().entries,
-                [entry(b"trusted.t", name)]
-            );
+            assert_eq!(dir.xattrs(name).unwrap().entries, [entry(b"trusted.t", name)]);
             dir.set_xattr(name, b"user.u", b"").unwrap_err(); // for files and directories only
         }
-        assert_eq!(
-            file_xattrs(&file).unwrap().entries,
-            [entry(b"user.probe", b"")]
-        );
+        assert_eq!(file_xattrs(&file).unwrap().entries, [entry(b"user.probe", b"")]);
     }
 
     #[test]
@@ -256,12 +241,7 @@ mod tests {
         assert_eq!(found.entries, [entry(b"user.b", &[9])]);
         assert_eq!(found.failures.len(), 1);
         assert_eq!(found.failures[0].0, b"user.a");
-        assert!(
-            read_all(&Unsupported(Errno::OPNOTSUPP))
-                .unwrap()
-                .entries
-                .is_empty()
-        );
+        assert!(read_all(&Unsupported(Errno::OPNOTSUPP)).unwrap().entries.is_empty());
         read_all(&Unsupported(Errno::IO)).unwrap_err();
     }
 }

@@ -35,10 +35,7 @@ impl Extras {
     /// `None` when there is nothing in it.
     pub(super) fn read(shared: &Shared<'_>, dir: &Dir) -> io::Result<Option<Self>> {
         let listing = Listing::read(dir, LISTING_BYTES, &shared.options.scratch)?;
-        let mut extras = Self {
-            listing,
-            head: None,
-        };
+        let mut extras = Self { listing, head: None };
         extras.advance()?;
         Ok(extras.head.is_some().then_some(extras))
     }
@@ -95,10 +92,7 @@ impl Remover<'_> {
         match removed {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 let path = [self.base, &path].concat();
-                self.shared.warn(
-                    &path,
-                    format!("it is not in the snapshot, but stays: {error}"),
-                );
+                self.shared.warn(&path, format!("it is not in the snapshot, but stays: {error}"));
             }
             _ => {}
         }
@@ -113,9 +107,7 @@ impl Remover<'_> {
         path: &[u8],
         depth: u32,
     ) -> io::Result<bool> {
-        let taken = self
-            .filter
-            .map_or(FilterResult::Take, |filter| filter(path, is_dir));
+        let taken = self.filter.map_or(FilterResult::Take, |filter| filter(path, is_dir));
         match (taken, is_dir) {
             (FilterResult::Prune, _) | (FilterResult::Skip, false) => return Ok(false),
             (FilterResult::Take | FilterResult::Skip, true) if self.filter.is_some() => {

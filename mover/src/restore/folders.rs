@@ -37,17 +37,9 @@ struct Folder {
 impl Folders {
     /// `root` is missing in a dry run on a target that does not exist.
     pub(super) fn new(root: Option<Dir>) -> Self {
-        let root = Folder {
-            dir: root,
-            ..Folder::default()
-        };
+        let root = Folder { dir: root, ..Folder::default() };
         let (free, open) = (Vec::new(), Vec::new());
-        Self(Mutex::new(Table {
-            folders: vec![root],
-            free,
-            open,
-            clock: 0,
-        }))
+        Self(Mutex::new(Table { folders: vec![root], free, open, clock: 0 }))
     }
 
     pub(super) fn root(&self) -> io::Result<Dir> {
@@ -57,11 +49,7 @@ impl Folders {
     /// Adds a folder; `dir` is missing for one that a dry run would have made.
     pub(super) fn add(&self, parent: u32, name: &[u8], dir: Option<Dir>) -> u32 {
         let table = &mut *lock(&self.0);
-        let folder = Folder {
-            parent,
-            name: name.into(),
-            ..Folder::default()
-        };
+        let folder = Folder { parent, name: name.into(), ..Folder::default() };
         let number = match table.free.pop() {
             Some(number) => {
                 table.folders[number as usize] = folder;
@@ -145,8 +133,7 @@ impl Table {
     fn keep(&mut self, number: u32, dir: Dir) {
         if self.open.len() >= OPEN_MAX {
             let folders = &mut self.folders;
-            self.open
-                .sort_unstable_by_key(|open| folders[*open as usize].used);
+            self.open.sort_unstable_by_key(|open| folders[*open as usize].used);
             for closed in self.open.drain(..CLOSED_AT_ONCE) {
                 folders[closed as usize].dir = None;
             }

@@ -67,8 +67,7 @@ impl Links {
 
     /// Whether this file has been restored under another name.
     pub(super) fn contains(&self, key: LinkKey) -> bool {
-        self.folder()
-            .is_some_and(|folder| folder.lstat(&entry_name(key)).is_ok())
+        self.folder().is_some_and(|folder| folder.lstat(&entry_name(key)).is_ok())
     }
 
     /// Makes `name` in `dir` the file from which other names are linked. `false` when it turns out

@@ -79,9 +79,7 @@ impl<'a> Planner<'a> {
         cursor.seek(subpath)?;
         let first = cursor.peek_at()?.map(|(leaf, at)| (leaf.clone(), at));
         let first = first.filter(|(leaf, at)| leaf.leaf.entries[*at].key == subpath);
-        let node = first
-            .as_ref()
-            .and_then(|(leaf, at)| leaf.leaf.entries[*at].node());
+        let node = first.as_ref().and_then(|(leaf, at)| leaf.leaf.entries[*at].node());
         if node.is_none() && !subpath.is_empty() {
             let path = crate::monitor::display_path(&path_of(subpath));
             let message = format!("there is no '{path}' in the snapshot");
@@ -123,20 +121,9 @@ impl<'a> Planner<'a> {
             ended: Vec::new(),
             damaged: false,
         };
-        let extras = if taken && !fresh {
-            planner.read_extras(ROOT)
-        } else {
-            None
-        };
+        let extras = if taken && !fresh { planner.read_extras(ROOT) } else { None };
         let key_len = planner.key.len();
-        planner.levels.push(Level {
-            key_len,
-            folder: Some(ROOT),
-            meta,
-            taken,
-            fresh,
-            extras,
-        });
+        planner.levels.push(Level { key_len, folder: Some(ROOT), meta, taken, fresh, extras });
         Ok(planner)
     }
 
@@ -191,10 +178,7 @@ impl<'a> Planner<'a> {
             return Err(error.context("the snapshot's tree cannot be read"));
         }
         let message = chunkstore::error::chain(&error);
-        self.shared.fail(
-            &[],
-            format!("a part of the tree is lost with all it names: {message}"),
-        );
+        self.shared.fail(&[], format!("a part of the tree is lost with all it names: {message}"));
         self.damaged = true;
         // What is not met may well be in the snapshot.
         self.levels.iter_mut().for_each(|level| level.extras = None);
@@ -202,8 +186,7 @@ impl<'a> Planner<'a> {
             // The lost part may have named more of it.
             let path = self.window.items[item as usize].path();
             if self.shared.discard(&self.window, item) {
-                self.shared
-                    .fail(&path, "the part of the tree that names its content is lost");
+                self.shared.fail(&path, "the part of the tree that names its content is lost");
             }
         }
         Ok(())
@@ -265,14 +248,13 @@ impl<'a> Planner<'a> {
         let name = name_of(key);
         let is_dir = node.kind == Kind::Dir;
         if let Err(why) = self.check_place(key, name) {
-            self.shared
-                .fail(&path_of(key), format!("it is refused: {why}"));
+            self.shared.fail(&path_of(key), format!("it is refused: {why}"));
             return self.prune(key);
         }
         let found = self.compare_extras(name);
-        let verdict = self.filter.map_or(FilterResult::Take, |filter| {
-            filter(&path_of(&key[self.base_len..]), is_dir)
-        });
+        let verdict = self
+            .filter
+            .map_or(FilterResult::Take, |filter| filter(&path_of(&key[self.base_len..]), is_dir));
         match (verdict, is_dir) {
             (FilterResult::Prune, true) => self.prune(key),
             (FilterResult::Prune | FilterResult::Skip, false) => {}
@@ -301,24 +283,12 @@ impl<'a> Planner<'a> {
         }
         let start = key.len() - name.len();
         if self.key.is_empty() && start == 0 {
-            return if is_links_folder(name) {
-                Err("its name is reserved")
-            } else {
-                Ok(())
-            };
+            return if is_links_folder(name) { Err("its name is reserved") } else { Ok(()) };
         }
-        let above = if self.key.is_empty() {
-            0
-        } else {
-            self.key.len() + 1
-        };
+        let above = if self.key.is_empty() { 0 } else { self.key.len() + 1 };
         if above == start {
             let reserved = self.levels.len() == 1 && is_links_folder(name);
-            return if reserved {
-                Err("its name is reserved")
-            } else {
-                Ok(())
-            };
+            return if reserved { Err("its name is reserved") } else { Ok(()) };
         }
         if !self.damaged || above > start {
             return Err("the folder it lies in is missing");
@@ -338,20 +308,12 @@ impl<'a> Planner<'a> {
 
     /// Goes down into a folder, which is made when it is known to be needed.
     fn enter(&mut self, key: &[u8], taken: bool, meta: Option<Box<FolderMeta>>) {
-        self.key
-            .truncate(self.levels.last().map_or(0, |level| level.key_len));
+        self.key.truncate(self.levels.last().map_or(0, |level| level.key_len));
         let from = self.key.len();
         self.key.extend_from_slice(&key[from..]);
         let (folder, extras) = (None, None);
         let key_len = key.len();
-        self.levels.push(Level {
-            key_len,
-            folder,
-            meta,
-            taken,
-            fresh: false,
-            extras,
-        });
+        self.levels.push(Level { key_len, folder, meta, taken, fresh: false, extras });
     }
 
     fn leave(&mut self) {
@@ -359,8 +321,7 @@ impl<'a> Planner<'a> {
             return;
         };
         self.remove_extras(&mut level, None);
-        self.key
-            .truncate(self.levels.last().map_or(0, |level| level.key_len));
+        self.key.truncate(self.levels.last().map_or(0, |level| level.key_len));
         if let Some(folder) = level.folder {
             // A folder that was there and is not itself wanted stays as it is.
             let meta = level.meta.filter(|_| level.taken || level.fresh);
@@ -371,18 +332,10 @@ impl<'a> Planner<'a> {
 
     /// Makes the folders up to the innermost level that are not there yet.
     fn make_levels(&mut self) -> bool {
-        let first = self
-            .levels
-            .iter()
-            .rposition(|level| level.folder.is_some())
-            .unwrap_or(0);
+        let first = self.levels.iter().rposition(|level| level.folder.is_some()).unwrap_or(0);
         for at in first + 1..self.levels.len() {
             let parent = &self.levels[at - 1];
-            let parent_key_len = if parent.key_len == 0 {
-                0
-            } else {
-                parent.key_len + 1
-            };
+            let parent_key_len = if parent.key_len == 0 { 0 } else { parent.key_len + 1 };
             let (above, above_fresh) = (parent.folder.unwrap_or(ROOT), parent.fresh);
             let name = self.key[parent_key_len..self.levels[at].key_len].to_vec();
             match self.shared.open_or_make(above, above_fresh, &name) {
@@ -400,8 +353,7 @@ impl<'a> Planner<'a> {
                 }
                 Err(error) => {
                     let path = path_of(&self.key[..self.levels[at].key_len]);
-                    self.shared
-                        .fail_io(&path, "the folder cannot be made", &error);
+                    self.shared.fail_io(&path, "the folder cannot be made", &error);
                     let key = self.key[..self.levels[at].key_len].to_vec();
                     while self.levels.len() > at {
                         self.leave();
@@ -418,15 +370,10 @@ impl<'a> Planner<'a> {
         if !self.shared.options.delete || self.damaged {
             return None;
         }
-        let read = self
-            .shared
-            .folders
-            .dir(folder)
-            .and_then(|dir| Extras::read(self.shared, &dir));
+        let read = self.shared.folders.dir(folder).and_then(|dir| Extras::read(self.shared, &dir));
         read.unwrap_or_else(|error| {
             let path = [&self.base_path[..], &self.shared.folders.path(folder)].concat();
-            self.shared
-                .warn(&path, format!("what is too much in it stays: {error}"));
+            self.shared.warn(&path, format!("what is too much in it stays: {error}"));
             None
         })
     }
@@ -443,17 +390,12 @@ impl<'a> Planner<'a> {
         let (Some(extras), Some(folder)) = (&mut level.extras, level.folder) else {
             return None;
         };
-        let remover = Remover {
-            shared: self.shared,
-            filter: self.filter,
-            base: &self.base_path,
-        };
+        let remover = Remover { shared: self.shared, filter: self.filter, base: &self.base_path };
         match extras.remove_before(before, folder, &remover) {
             Ok(found) => Some(found),
             Err(error) => {
                 let path = [&self.base_path[..], &self.shared.folders.path(folder)].concat();
-                self.shared
-                    .warn(&path, format!("what is too much in it stays: {error}"));
+                self.shared.warn(&path, format!("what is too much in it stays: {error}"));
                 level.extras = None;
                 None
             }
@@ -462,10 +404,8 @@ impl<'a> Planner<'a> {
 
     /// Decides about anything but a folder, in a folder that is there.
     fn take_file(&mut self, (leaf, at): At<'_>, node: &Node, found: Option<bool>) {
-        let Some((folder, fresh)) = self
-            .levels
-            .last()
-            .and_then(|level| Some((level.folder?, level.fresh)))
+        let Some((folder, fresh)) =
+            self.levels.last().and_then(|level| Some((level.folder?, level.fresh)))
         else {
             return;
         };
@@ -475,11 +415,7 @@ impl<'a> Planner<'a> {
         }
         if self.shared.options.dry_run {
             count(&self.shared.counters.files, 1);
-            let bytes = if node.kind == Kind::File {
-                node.size
-            } else {
-                0
-            };
+            let bytes = if node.kind == Kind::File { node.size } else { 0 };
             count(&self.shared.counters.bytes, bytes);
             self.shared.monitor.advance(1, bytes);
             return;
@@ -509,11 +445,7 @@ impl<'a> Planner<'a> {
             Ok(found) => found,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return false,
             Err(error) => {
-                shared.fail_io(
-                    &path_of(key),
-                    "what is in its place cannot be looked at",
-                    &error,
-                );
+                shared.fail_io(&path_of(key), "what is in its place cannot be looked at", &error);
                 return true;
             }
         };
@@ -526,10 +458,7 @@ impl<'a> Planner<'a> {
             Overwrite::IfChanged if !same => return false,
             Overwrite::IfChanged if !shared.options.dry_run => {
                 let current = Some(Current::from(&now));
-                let options = ApplyOptions {
-                    owner: shared.options.owner,
-                    current,
-                };
+                let options = ApplyOptions { owner: shared.options.owner, current };
                 let target = Target::Name(&dir, name);
                 let failures = apply(target, &meta_of(node), &node.xattrs, &options);
                 if !failures.is_empty() {
@@ -556,12 +485,7 @@ impl<'a> Planner<'a> {
             Content::Part { bundle, offset, .. } => {
                 let item = self.window.add(leaf, at, folder, Work::Single);
                 let len = node.size as u32;
-                let piece = Piece {
-                    item,
-                    blob_offset: *offset,
-                    len,
-                    offset: 0,
-                };
+                let piece = Piece { item, blob_offset: *offset, len, offset: 0 };
                 self.window.add_piece(piece, *bundle, verify);
             }
             Content::Chunks(chunks) if chunks.len() == 1 => {
@@ -588,21 +512,14 @@ impl<'a> Planner<'a> {
         if chunks.iter().any(|chunk| chunk.end() > size) {
             let path = owner.path();
             if self.shared.discard(&self.window, item) {
-                self.shared
-                    .fail(&path, "the tree names content beyond its end");
+                self.shared.fail(&path, "the tree names content beyond its end");
             }
             return;
         }
         for chunk in chunks {
             let (len, offset) = (chunk.blob.len, chunk.offset);
-            let piece = Piece {
-                item,
-                blob_offset: 0,
-                len,
-                offset,
-            };
-            self.window
-                .add_piece(piece, chunk.blob, self.shared.options.verify);
+            let piece = Piece { item, blob_offset: 0, len, offset };
+            self.window.add_piece(piece, chunk.blob, self.shared.options.verify);
         }
     }
 
@@ -614,11 +531,7 @@ impl<'a> Planner<'a> {
     }
 
     fn count_leaf(&mut self, leaf: &Arc<LeafAt>) {
-        if self
-            .last_leaf
-            .as_ref()
-            .is_none_or(|last| !Arc::ptr_eq(last, leaf))
-        {
+        if self.last_leaf.as_ref().is_none_or(|last| !Arc::ptr_eq(last, leaf)) {
             self.window.bytes += leaf_bytes(leaf);
             self.last_leaf = Some(leaf.clone());
         }
@@ -652,12 +565,8 @@ impl<'a> Planner<'a> {
         }
         let unlinked = executor.link_names();
         self.shared.check()?;
-        let items = unlinked
-            .into_iter()
-            .map(|number| &self.window.items[number as usize]);
-        let own_content = items
-            .map(|item| (item.entry().key.clone(), item.folder))
-            .collect();
+        let items = unlinked.into_iter().map(|number| &self.window.items[number as usize]);
+        let own_content = items.map(|item| (item.entry().key.clone(), item.folder)).collect();
         self.window = match &mut self.growing {
             Some(item) => {
                 let window = self.window.take_growing(*item);
@@ -748,10 +657,7 @@ impl<'a> Planner<'a> {
         let path = || [&self.base_path[..], &self.shared.folders.path(folder)].concat();
         match self.shared.folders.dir(folder) {
             Ok(dir) => {
-                let options = ApplyOptions {
-                    owner: self.shared.options.owner,
-                    current: None,
-                };
+                let options = ApplyOptions { owner: self.shared.options.owner, current: None };
                 let failures = apply(Target::Dir(&dir), &meta.meta, &meta.xattrs, &options);
                 if !failures.is_empty() {
                     self.shared.warn_attributes(&path(), &failures);
@@ -774,10 +680,7 @@ impl Shared<'_> {
         name: &[u8],
     ) -> io::Result<(Option<Dir>, bool)> {
         let is_other = |error: &io::Error| {
-            matches!(
-                Errno::from_io_error(error),
-                Some(Errno::NOTDIR | Errno::LOOP)
-            )
+            matches!(Errno::from_io_error(error), Some(Errno::NOTDIR | Errno::LOOP))
         };
         let may_replace = self.options.overwrite != Overwrite::Never;
         if self.options.dry_run {
@@ -820,10 +723,7 @@ fn is_unchanged(dir: &Dir, name: &[u8], now: &Meta, node: &Node) -> io::Result<b
 }
 
 fn folder_meta(node: &Node) -> Box<FolderMeta> {
-    Box::new(FolderMeta {
-        meta: meta_of(node),
-        xattrs: node.xattrs.clone(),
-    })
+    Box::new(FolderMeta { meta: meta_of(node), xattrs: node.xattrs.clone() })
 }
 
 /// Whether `key` is `of` or lies below it.
@@ -832,7 +732,5 @@ fn is_within(key: &[u8], of: &[u8]) -> bool {
 }
 
 fn path_of(key: &[u8]) -> Vec<u8> {
-    key.iter()
-        .map(|byte| if *byte == 0 { b'/' } else { *byte })
-        .collect()
+    key.iter().map(|byte| if *byte == 0 { b'/' } else { *byte }).collect()
 }

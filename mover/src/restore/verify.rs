@@ -19,10 +19,7 @@ const AT_ONCE: usize = 64;
 pub(super) fn verify(shared: &Shared<'_>, window: &Window) {
     // Otherwise it would be our own memory that is read.
     if let Err(error) = shared.sync() {
-        shared.warn(
-            &[],
-            format!("what is read back may come from memory: {error}"),
-        );
+        shared.warn(&[], format!("what is read back may come from memory: {error}"));
     }
     let mut pieces: Vec<u32> = (0..window.pieces.len() as u32).collect();
     pieces.sort_by_key(|piece| window.pieces[*piece as usize].item);
@@ -52,10 +49,7 @@ pub(super) fn verify(shared: &Shared<'_>, window: &Window) {
             }
         }
     };
-    let threads = shared
-        .options
-        .threads
-        .clamp(1, tasks.div_ceil(AT_ONCE).max(1));
+    let threads = shared.options.threads.clamp(1, tasks.div_ceil(AT_ONCE).max(1));
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(work);
@@ -108,29 +102,18 @@ fn verify_item(
         Err(error) => format!("it cannot be read back: {error}"),
     };
     let counted = match item.work {
-        Work::Multi(_) => window
-            .multi(number)
-            .is_some_and(|multi| lock(&multi.state).finished),
+        Work::Multi(_) => window.multi(number).is_some_and(|multi| lock(&multi.state).finished),
         Work::Immediate | Work::Single | Work::Link => true,
     };
     if shared.discard(window, number) {
         if counted {
             shared.counters.files.fetch_sub(1, Ordering::Relaxed);
-            shared
-                .counters
-                .bytes
-                .fetch_sub(item.node().size, Ordering::Relaxed);
+            shared.counters.bytes.fetch_sub(item.node().size, Ordering::Relaxed);
         }
-        let unlinked = shared
-            .folders
-            .dir(item.folder)
-            .and_then(|dir| dir.unlink(item.name()));
+        let unlinked = shared.folders.dir(item.folder).and_then(|dir| dir.unlink(item.name()));
         match unlinked {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                shared.warn(
-                    &item.path(),
-                    format!("the wrong file cannot be removed: {error}"),
-                );
+                shared.warn(&item.path(), format!("the wrong file cannot be removed: {error}"));
             }
             _ => {}
         }

@@ -119,13 +119,7 @@ impl Window {
     pub(super) fn add(&mut self, leaf: &Arc<LeafAt>, at: usize, folder: u32, work: Work) -> u32 {
         let number = self.items.len() as u32;
         let failed = AtomicBool::new(false);
-        self.items.push(Item {
-            leaf: leaf.clone(),
-            at: at as u32,
-            folder,
-            work,
-            failed,
-        });
+        self.items.push(Item { leaf: leaf.clone(), at: at as u32, folder, work, failed });
         self.bytes += ITEM_BYTES;
         match work {
             Work::Immediate => self.immediate.push(number),
@@ -137,10 +131,7 @@ impl Window {
 
     /// Adds a file of several pieces, which may grow until [`end`](Self::end).
     pub(super) fn add_multi(&mut self, leaf: &Arc<LeafAt>, at: usize, folder: u32) -> u32 {
-        let multi = Multi {
-            remaining: AtomicU32::new(1),
-            ..Multi::default()
-        };
+        let multi = Multi { remaining: AtomicU32::new(1), ..Multi::default() };
         self.multis.push(multi);
         self.bytes += size_of::<Multi>();
         self.add(leaf, at, folder, Work::Multi(self.multis.len() as u32 - 1))
@@ -150,10 +141,7 @@ impl Window {
         if let Some(multi) = self.multi(piece.item) {
             multi.remaining.fetch_add(1, Ordering::Relaxed);
         }
-        self.wants.push(Want {
-            blob,
-            purpose: self.pieces.len() as u32,
-        });
+        self.wants.push(Want { blob, purpose: self.pieces.len() as u32 });
         self.pieces.push(piece);
         self.bytes += PIECE_BYTES;
         if verify {

@@ -43,20 +43,13 @@ impl LastFolder {
         if self.0.as_ref().is_none_or(|(last, _)| *last != number) {
             self.0 = Some((number, shared.folders.dir(number)?));
         }
-        self.0
-            .as_ref()
-            .map(|(_, dir)| dir)
-            .ok_or_else(|| io::ErrorKind::NotFound.into())
+        self.0.as_ref().map(|(_, dir)| dir).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 }
 
 impl<'a> Executor<'a> {
     pub(super) fn new(shared: &'a Shared<'a>, window: &'a Window) -> Self {
-        Self {
-            shared,
-            window,
-            opened: Mutex::default(),
-        }
+        Self { shared, window, opened: Mutex::default() }
     }
 
     /// Restores all items but the further names. `wants` are those of the window.
@@ -89,11 +82,7 @@ impl<'a> Executor<'a> {
             let mut last = LastFolder::default();
             while !self.shared.is_stopped() {
                 let from = next.fetch_add(IMMEDIATE_AT_ONCE, Ordering::Relaxed);
-                let Some(rest) = self
-                    .window
-                    .immediate
-                    .get(from..)
-                    .filter(|rest| !rest.is_empty())
+                let Some(rest) = self.window.immediate.get(from..).filter(|rest| !rest.is_empty())
                 else {
                     return;
                 };
@@ -136,16 +125,8 @@ impl<'a> Executor<'a> {
             Content::Inline(to) if node.kind == Kind::Symlink => dir.make_symlink(name, to),
             _ => dir.make_node(name, node.kind, node.rdev.0, node.rdev.1),
         })?;
-        let options = ApplyOptions {
-            owner: self.shared.options.owner,
-            current: None,
-        };
-        let failures = apply(
-            Target::Name(dir, name),
-            &meta_of(node),
-            &node.xattrs,
-            &options,
-        );
+        let options = ApplyOptions { owner: self.shared.options.owner, current: None };
+        let failures = apply(Target::Name(dir, name), &meta_of(node), &node.xattrs, &options);
         self.shared.warn_attributes_of(item, &failures);
         self.shared.register(item, dir);
         count(&self.shared.counters.files, 1);
@@ -190,11 +171,7 @@ impl<'a> Executor<'a> {
         let size = item.node().size;
         let written = write_at(&file, bytes, offset).and_then(|()| {
             let end = offset + bytes.len() as u64;
-            if end == size {
-                Ok(())
-            } else {
-                file.set_len(size)
-            }
+            if end == size { Ok(()) } else { file.set_len(size) }
         });
         if let Err(error) = written {
             // The error that made it useless is the one to report.
@@ -211,15 +188,8 @@ impl<'a> Executor<'a> {
         let node = item.node();
         // A file that gets special rights is given its owner in any case, whatever is known about
         // new files in this folder.
-        let known = if node.mode & 0o6000 == 0 {
-            self.newborn(item.folder, file)
-        } else {
-            None
-        };
-        let options = ApplyOptions {
-            owner: self.shared.options.owner,
-            current: known,
-        };
+        let known = if node.mode & 0o6000 == 0 { self.newborn(item.folder, file) } else { None };
+        let options = ApplyOptions { owner: self.shared.options.owner, current: known };
         let failures = apply(Target::File(file), &meta_of(node), &node.xattrs, &options);
         self.shared.warn_attributes_of(item, &failures);
         self.shared.register(item, dir);
@@ -233,11 +203,7 @@ impl<'a> Executor<'a> {
             return Some(newborn);
         }
         let stat = rustix::fs::fstat(file).ok()?;
-        let newborn = Current {
-            uid: stat.st_uid,
-            gid: stat.st_gid,
-            mode: stat.st_mode & 0o7777,
-        };
+        let newborn = Current { uid: stat.st_uid, gid: stat.st_gid, mode: stat.st_mode & 0o7777 };
         self.shared.folders.set_newborn(folder, newborn);
         Some(newborn)
     }
@@ -297,11 +263,7 @@ impl<'a> Executor<'a> {
         let oldest = {
             let mut opened = lock(&self.opened);
             opened.push_back(number);
-            if opened.len() > OPEN_MAX {
-                opened.pop_front()
-            } else {
-                None
-            }
+            if opened.len() > OPEN_MAX { opened.pop_front() } else { None }
         };
         if let Some(multi) = oldest.and_then(|oldest| self.window.multi(oldest)) {
             // Whoever is writing to it still holds it.
@@ -331,15 +293,13 @@ impl<'a> Executor<'a> {
 
     fn fail(&self, number: u32, message: &str) {
         if self.shared.discard(self.window, number) {
-            self.shared
-                .fail(&self.window.items[number as usize].path(), message);
+            self.shared.fail(&self.window.items[number as usize].path(), message);
         }
     }
 
     fn fail_io(&self, number: u32, what: &str, error: &io::Error) {
         if self.shared.discard(self.window, number) {
-            self.shared
-                .fail_io(&self.window.items[number as usize].path(), what, error);
+            self.shared.fail_io(&self.window.items[number as usize].path(), what, error);
         }
     }
 
@@ -355,8 +315,7 @@ impl<'a> Executor<'a> {
             };
             let linked = last.dir(self.shared, item.folder).and_then(|dir| {
                 let name = item.name();
-                self.shared
-                    .place(dir, name, || self.shared.links.link(key, dir, name))
+                self.shared.place(dir, name, || self.shared.links.link(key, dir, name))
             });
             match linked {
                 Ok(()) => {
@@ -408,16 +367,11 @@ impl Shared<'_> {
 
     /// As [`register`](Self::register), for a file that was there already.
     pub(super) fn register_name(&self, key: links::LinkKey, dir: &Dir, name: &[u8], path: &[u8]) {
-        let registered = self
-            .folders
-            .root()
-            .and_then(|root| self.links.register(&root, key, dir, name));
+        let registered =
+            self.folders.root().and_then(|root| self.links.register(&root, key, dir, name));
         match registered {
             Ok(true) => {}
-            Ok(false) => self.warn(
-                path,
-                "no hard links here: each name becomes a file of its own",
-            ),
+            Ok(false) => self.warn(path, "no hard links here: each name becomes a file of its own"),
             Err(error) => self.warn(path, format!("it cannot be linked to other names: {error}")),
         }
     }
@@ -448,18 +402,11 @@ impl Shared<'_> {
     fn remove_created(&self, item: &Item, inode: (u64, u64)) {
         let removed = self.folders.dir(item.folder).and_then(|dir| {
             let now = dir.lstat(item.name())?;
-            if (now.dev, now.ino) == inode {
-                dir.unlink(item.name())
-            } else {
-                Ok(())
-            }
+            if (now.dev, now.ino) == inode { dir.unlink(item.name()) } else { Ok(()) }
         });
         match removed {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                self.warn(
-                    &item.path(),
-                    format!("the incomplete file cannot be removed: {error}"),
-                );
+                self.warn(&item.path(), format!("the incomplete file cannot be removed: {error}"));
             }
             _ => {}
         }
@@ -469,9 +416,8 @@ impl Shared<'_> {
     pub(super) fn remove_unfinished(&self, window: &Window) {
         for (number, item) in window.items.iter().enumerate() {
             if matches!(item.work, Work::Multi(_)) {
-                let finished = window
-                    .multi(number as u32)
-                    .is_some_and(|multi| lock(&multi.state).finished);
+                let finished =
+                    window.multi(number as u32).is_some_and(|multi| lock(&multi.state).finished);
                 if !finished {
                     self.discard(window, number as u32);
                 }
@@ -481,11 +427,7 @@ impl Shared<'_> {
 }
 
 fn write_at(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
-    if bytes.is_empty() {
-        Ok(())
-    } else {
-        file.write_all_at(bytes, offset)
-    }
+    if bytes.is_empty() { Ok(()) } else { file.write_all_at(bytes, offset) }
 }
 
 /// Opens a file again that we created and closed.

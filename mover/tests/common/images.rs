@@ -52,21 +52,16 @@ struct State {
 impl Dying {
     pub fn new(root: &Path, cut: usize) -> Self {
         let root = root.to_owned();
-        Self(Arc::new(Mutex::new(State {
-            root,
-            cut,
-            steps: 0,
-            unsynced: BTreeMap::new(),
-        })))
+        Self(Arc::new(Mutex::new(State { root, cut, steps: 0, unsynced: BTreeMap::new() })))
     }
 
     /// The store as the process sees it.
     pub fn store(&self) -> Arc<LocalStore> {
         let state = self.0.clone();
         let store = LocalStore::open(&state.lock().unwrap().root).unwrap();
-        Arc::new(store.with_observer(Arc::new(move |step, key| {
-            state.lock().unwrap().step(step, key)
-        })))
+        Arc::new(
+            store.with_observer(Arc::new(move |step, key| state.lock().unwrap().step(step, key))),
+        )
     }
 
     /// Whether the process has died.

@@ -1,6 +1,11 @@
 //! What the end-to-end tests share: repositories, jobs, and a scanner of its own that compares two
 //! trees attribute by attribute.
-#![allow(dead_code, unreachable_pub, reason = "each test uses its part")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    reason = "each test uses its part, and fails if that does"
+)]
 
 pub mod images;
 pub mod scan;
@@ -29,11 +34,7 @@ use tempfile::TempDir;
 /// A temporary folder; in memory if there is a file system for that, as nothing of it has to last.
 pub fn memory_dir() -> TempDir {
     let shm = Path::new("/dev/shm");
-    if shm.is_dir() {
-        tempfile::tempdir_in(shm).unwrap()
-    } else {
-        tempfile::tempdir().unwrap()
-    }
+    if shm.is_dir() { tempfile::tempdir_in(shm).unwrap() } else { tempfile::tempdir().unwrap() }
 }
 
 pub fn unlock() -> Unlock {
@@ -67,12 +68,15 @@ impl Repo {
     }
 }
 
+/// Called with the path of each file that is about to be read.
+pub type OnBegin<'a> = Box<dyn Fn(&[u8]) + Sync + 'a>;
+
 /// Told of everything, and may interfere when work on a file begins.
 #[derive(Default)]
 pub struct Log<'a> {
     pub warnings: Mutex<Vec<Warning>>,
     pub cancel: AtomicBool,
-    pub on_begin: Option<Box<dyn Fn(&[u8]) + Sync + 'a>>,
+    pub on_begin: Option<OnBegin<'a>>,
 }
 
 impl Monitor for Log<'_> {
@@ -95,11 +99,7 @@ impl Monitor for Log<'_> {
 
 impl<'a> Log<'a> {
     pub fn on_begin(on_begin: impl Fn(&[u8]) + Sync + 'a) -> Self {
-        let on_begin: Option<Box<dyn Fn(&[u8]) + Sync + 'a>> = Some(Box::new(on_begin));
-        Self {
-            on_begin,
-            ..Self::default()
-        }
+        Self { on_begin: Some(Box::new(on_begin)), ..Self::default() }
     }
 
     /// All warnings as lines, in order of paths.
@@ -133,11 +133,7 @@ pub fn request(source: &Path) -> Request<'static> {
         changed_by: None,
         compression: Level::default(),
         dry_run: false,
-        resources: Resources {
-            memory_bytes: 96 << 20,
-            workers: 2,
-            pack_target_bytes: 4 << 20,
-        },
+        resources: Resources { memory_bytes: 96 << 20, workers: 2, pack_target_bytes: 4 << 20 },
         scratch: std::env::temp_dir(),
         now: Timestamp::now() + jiff::SignedDuration::from_secs(10),
     }
@@ -175,12 +171,7 @@ pub fn snapshot(repository: &Repository, id: SnapshotId) -> Snapshot {
 }
 
 pub fn restore_options() -> RestoreOptions {
-    RestoreOptions {
-        threads: 2,
-        sync: false,
-        verify: true,
-        ..RestoreOptions::default()
-    }
+    RestoreOptions { threads: 2, sync: false, verify: true, ..RestoreOptions::default() }
 }
 
 pub fn try_restore(
@@ -249,10 +240,7 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let unmounted = std::process::Command::new("umount")
-            .arg("-l")
-            .arg(&self.0)
-            .status();
+        let unmounted = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
         assert!(unmounted.unwrap().success());
     }
 }
@@ -260,9 +248,6 @@ impl Drop for Mounted {
 /// Incompressible bytes that follow from `seed`.
 pub fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
-    blake3::Hasher::new()
-        .update(&seed.to_le_bytes())
-        .finalize_xof()
-        .fill(&mut bytes);
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
     bytes
 }

@@ -58,11 +58,7 @@ impl Scanner {
             .collect();
         names.sort();
         for name in names {
-            let path = if path.is_empty() {
-                name.clone()
-            } else {
-                [path, &name].join(&b'/')
-            };
+            let path = if path.is_empty() { name.clone() } else { [path, &name].join(&b'/') };
             let seen = self.seen(dir, &name, &path);
             let is_dir = seen.mode >> 12 == 0o4;
             self.tree.insert(path.clone(), seen);
@@ -97,11 +93,7 @@ impl Scanner {
             owner: (stat.stx_uid, stat.stx_gid),
             mtime: (stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec),
             device: (stat.stx_rdev_major, stat.stx_rdev_minor),
-            size: if matches!(kind, 0o10 | 0o12) {
-                stat.stx_size
-            } else {
-                0
-            },
+            size: if matches!(kind, 0o10 | 0o12) { stat.stx_size } else { 0 },
             content,
             xattrs: xattrs(dir, name),
             same_as,
@@ -171,11 +163,12 @@ pub fn differences(expected: &Tree, found: &Tree, holes: bool) -> Vec<String> {
             }
         };
         let mut text = String::new();
-        let mut compare = |what: &str, equal: bool, a: &dyn std::fmt::Debug, b: &dyn std::fmt::Debug| {
-            if !equal {
-                write!(text, " {what} {a:?} became {b:?}").unwrap();
-            }
-        };
+        let mut compare =
+            |what: &str, equal: bool, a: &dyn std::fmt::Debug, b: &dyn std::fmt::Debug| {
+                if !equal {
+                    write!(text, " {what} {a:?} became {b:?}").unwrap();
+                }
+            };
         compare("mode", a.mode == b.mode, &a.mode, &b.mode);
         compare("owner", a.owner == b.owner, &a.owner, &b.owner);
         compare("mtime", a.mtime == b.mtime, &a.mtime, &b.mtime);

@@ -57,10 +57,7 @@ impl Source<'_> {
 pub fn set_mtime(path: &Path, seconds: i64, nanos: i64) {
     let (tv_sec, tv_nsec) = (seconds, nanos);
     let time = Timespec { tv_sec, tv_nsec };
-    let times = Timestamps {
-        last_access: time,
-        last_modification: time,
-    };
+    let times = Timestamps { last_access: time, last_modification: time };
     rustix::fs::utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW).unwrap();
 }
 
@@ -68,13 +65,8 @@ pub fn set_mtime(path: &Path, seconds: i64, nanos: i64) {
 /// each entry. Grants read to user 1234.
 pub fn acl(mask: u16) -> Vec<u8> {
     const NONE: u32 = u32::MAX;
-    let entries: [(u16, u16, u32); 5] = [
-        (0x01, 6, NONE),
-        (0x02, 4, 1234),
-        (0x04, 4, NONE),
-        (0x10, mask, NONE),
-        (0x20, 0, NONE),
-    ];
+    let entries: [(u16, u16, u32); 5] =
+        [(0x01, 6, NONE), (0x02, 4, 1234), (0x04, 4, NONE), (0x10, mask, NONE), (0x20, 0, NONE)];
     let mut blob = 2_u32.to_le_bytes().to_vec();
     for (tag, permissions, id) in entries {
         blob.extend_from_slice(&tag.to_le_bytes());
@@ -145,7 +137,8 @@ pub fn everything(root: &Path) {
     if is_root() {
         kinds.make_node(b"null", Kind::CharDevice, 1, 3).unwrap();
         kinds.make_node(b"disk", Kind::BlockDevice, 259, 70_000).unwrap();
-        std::os::unix::fs::chown(source.file("owned", "by others"), Some(1234), Some(5678)).unwrap();
+        std::os::unix::fs::chown(source.file("owned", "by others"), Some(1234), Some(5678))
+            .unwrap();
         std::os::unix::fs::lchown(source.path("kinds/link"), Some(1), Some(2)).unwrap();
         source.xattr("kinds/dangling", "trusted.on-a-link", b"yes");
         source.xattr("kinds/null", "trusted.on-a-device", b"yes");
@@ -178,17 +171,8 @@ pub fn everything(root: &Path) {
     source.xattr("attributes/acl-folder", "system.posix_acl_access", &acl(6));
 
     let long = [b'n'; 255];
-    let names: [&[u8]; 9] = [
-        b"\xff\xfe not UTF-8",
-        b"new\nline",
-        b" ",
-        b"...",
-        b"-rf",
-        b"\x01",
-        b"a",
-        b"a-b",
-        &long,
-    ];
+    let names: [&[u8]; 9] =
+        [b"\xff\xfe not UTF-8", b"new\nline", b" ", b"...", b"-rf", b"\x01", b"a", b"a-b", &long];
     for name in names {
         source.file([&b"names/"[..], name].concat(), name);
     }

@@ -39,15 +39,9 @@ impl Handles {
     pub(super) fn keep(&self, key: &str, file: Arc<File>) {
         let mut table = self.lock();
         table.uses += 1;
-        let handle = Handle {
-            file,
-            last_use: table.uses,
-        };
+        let handle = Handle { file, last_use: table.uses };
         let oldest = if table.by_key.len() >= HANDLES_MAX && !table.by_key.contains_key(key) {
-            let oldest = table
-                .by_key
-                .iter()
-                .min_by_key(|(_, handle)| handle.last_use);
+            let oldest = table.by_key.iter().min_by_key(|(_, handle)| handle.last_use);
             oldest.map(|(key, _)| key.clone())
         } else {
             None

@@ -25,11 +25,8 @@ pub(super) fn modified(stat: &Stat) -> SystemTime {
     let seconds = stat.st_mtime;
     let nanoseconds = u32::try_from(stat.st_mtime_nsec).unwrap_or(0);
     let whole = Duration::from_secs(seconds.unsigned_abs());
-    let whole = if seconds < 0 {
-        UNIX_EPOCH.checked_sub(whole)
-    } else {
-        UNIX_EPOCH.checked_add(whole)
-    };
+    let whole =
+        if seconds < 0 { UNIX_EPOCH.checked_sub(whole) } else { UNIX_EPOCH.checked_add(whole) };
     whole
         .and_then(|whole| whole.checked_add(Duration::from_nanos(nanoseconds.into())))
         .unwrap_or(UNIX_EPOCH)
@@ -59,8 +56,7 @@ impl LocalStore {
         }
         let size = usize::try_from(size).map_err(|_| fail(Errno::NOMEM))?;
         let mut body = Vec::new();
-        body.try_reserve_exact(size)
-            .map_err(|_| fail(Errno::NOMEM))?;
+        body.try_reserve_exact(size).map_err(|_| fail(Errno::NOMEM))?;
         while body.len() < size {
             let offset = body.len() as u64;
             let got = retry_on_intr(|| {

@@ -68,8 +68,7 @@ impl LocalStore {
         parts: &[IoSlice<'_>],
         publish: Publish,
     ) -> Result<Created> {
-        self.try_write(operation, key, parts, publish)
-            .map_err(|halt| halt.error)
+        self.try_write(operation, key, parts, publish).map_err(|halt| halt.error)
     }
 
     fn try_write(
@@ -81,12 +80,7 @@ impl LocalStore {
     ) -> Halted<Created> {
         let (path, name) = folder::split(key);
         let folder = self.make_folder(operation, key, path)?;
-        let job = Job {
-            operation,
-            key,
-            name,
-            folder: &folder,
-        };
+        let job = Job { operation, key, name, folder: &folder };
         let created = if publish == Publish::IfAbsent && job.exists()? {
             Created::AlreadyExists
         } else {
@@ -160,10 +154,8 @@ impl LocalStore {
         let Some(observer) = &self.observer else {
             return Ok(());
         };
-        observer(step, key).map_err(|err| Halt {
-            error: Error::from_io(operation, key, err),
-            cut: true,
-        })
+        observer(step, key)
+            .map_err(|err| Halt { error: Error::from_io(operation, key, err), cut: true })
     }
 
     #[cfg(not(feature = "testing"))]
@@ -304,8 +296,7 @@ mod tests {
                 return Err(io::ErrorKind::Interrupted.into());
             }
             let before = self.taken.len();
-            self.taken
-                .extend(bufs.iter().flat_map(|buf| buf.iter()).take(3));
+            self.taken.extend(bufs.iter().flat_map(|buf| buf.iter()).take(3));
             Ok(self.taken.len() - before)
         }
 
@@ -331,23 +322,14 @@ mod tests {
     fn publishing_by_link_never_replaces_either() {
         let dir = tempfile::tempdir().unwrap();
         let folder = OwnedFd::from(File::open(dir.path()).unwrap());
-        let job = Job {
-            operation: "create",
-            key: "a",
-            name: "a",
-            folder: &folder,
-        };
+        let job = Job { operation: "create", key: "a", name: "a", folder: &folder };
         for (body, expected) in [("1", Created::New), ("2", Created::AlreadyExists)] {
             let (temporary, mut file) = job.create_temporary().unwrap();
             assert!(is_temporary(temporary.as_bytes()));
             file.write_all(body.as_bytes()).unwrap();
             assert_eq!(job.publish_by_link(&temporary).unwrap(), expected);
             let left = dir.path().join(&temporary).exists();
-            assert_eq!(
-                left,
-                expected == Created::AlreadyExists,
-                "the caller removes it"
-            );
+            assert_eq!(left, expected == Created::AlreadyExists, "the caller removes it");
             assert_eq!(std::fs::read(dir.path().join("a")).unwrap(), b"1");
         }
     }
@@ -355,13 +337,7 @@ mod tests {
     #[test]
     fn only_our_temporaries_are_recognised() {
         assert!(is_temporary(b".tmp-0123456789abcdef"));
-        for name in [
-            ".tmp-",
-            ".tmp-0123456789abcde",
-            ".tmp-0123456789abcdeg",
-            "tmp",
-            ".x",
-        ] {
+        for name in [".tmp-", ".tmp-0123456789abcde", ".tmp-0123456789abcdeg", "tmp", ".x"] {
             assert!(!is_temporary(name.as_bytes()), "{name}");
         }
     }

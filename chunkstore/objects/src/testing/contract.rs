@@ -62,14 +62,8 @@ pub fn run_all(make: &dyn Fn() -> Box<dyn ObjectStore>) {
 pub fn created_object_is_read_back(store: &dyn ObjectStore) {
     assert_eq!(create(store, "packs/3f/3f9c", b"0123456789"), Created::New);
     assert_eq!(body(store, "packs/3f/3f9c"), b"0123456789");
-    assert_eq!(
-        range(store, "packs/3f/3f9c", 0, 10).expect("whole"),
-        b"0123456789"
-    );
-    assert_eq!(
-        range(store, "packs/3f/3f9c", 3, 4).expect("middle"),
-        b"3456"
-    );
+    assert_eq!(range(store, "packs/3f/3f9c", 0, 10).expect("whole"), b"0123456789");
+    assert_eq!(range(store, "packs/3f/3f9c", 3, 4).expect("middle"), b"3456");
     assert_eq!(range(store, "packs/3f/3f9c", 9, 1).expect("last"), b"9");
     let stat = store.stat("packs/3f/3f9c").expect("stat");
     assert_eq!((stat.key.as_str(), stat.size), ("packs/3f/3f9c", 10));
@@ -102,14 +96,10 @@ pub fn one_of_racing_creators_wins(store: &dyn ObjectStore) {
         };
         let outcomes: Vec<Created> = thread::scope(|scope| {
             let threads: Vec<_> = (0..8).map(|n| scope.spawn(move || race(n))).collect();
-            threads
-                .into_iter()
-                .map(|thread| thread.join().expect("racer"))
-                .collect()
+            threads.into_iter().map(|thread| thread.join().expect("racer")).collect()
         });
-        let winners: Vec<usize> = (0..8)
-            .filter(|n| outcomes.get(*n) == Some(&Created::New))
-            .collect();
+        let winners: Vec<usize> =
+            (0..8).filter(|n| outcomes.get(*n) == Some(&Created::New)).collect();
         assert_eq!(winners.len(), 1, "{outcomes:?}");
         let winner = u8::try_from(winners[0]).expect("one of eight");
         assert_eq!(body(store, &key), [winner; 5000]);
@@ -134,15 +124,10 @@ pub fn parts_are_joined_in_order(store: &dyn ObjectStore) {
 pub fn empty_object_is_an_object(store: &dyn ObjectStore) {
     for (key, parts) in [("none", &[][..]), ("empty", &[IoSlice::new(&[])][..])] {
         assert_eq!(store.create(key, parts).expect("create"), Created::New);
-        assert_eq!(
-            store.create(key, parts).expect("create"),
-            Created::AlreadyExists
-        );
+        assert_eq!(store.create(key, parts).expect("create"), Created::AlreadyExists);
         assert_eq!(store.read(key, 0).expect("read"), b"");
         assert_eq!(store.stat(key).expect("stat").size, 0);
-        store
-            .read_at(key, 0, &mut [])
-            .expect("nothing is asked of it");
+        store.read_at(key, 0, &mut []).expect("nothing is asked of it");
         assert_eq!(kind(range(store, key, 0, 1)), ErrorKind::Truncated);
     }
     assert_eq!(keys(store, ""), ["empty", "none"]);
@@ -178,19 +163,8 @@ pub fn object_larger_than_the_limit_is_refused(store: &dyn ObjectStore) {
 /// A range that the object does not have in full is an error, wherever it begins.
 pub fn range_past_the_end_is_truncated(store: &dyn ObjectStore) {
     let _ = create(store, "a", b"12345");
-    for (offset, len) in [
-        (0, 6),
-        (4, 2),
-        (5, 1),
-        (100, 1),
-        (i64::MAX as u64, 1),
-        (u64::MAX, 2),
-    ] {
-        assert_eq!(
-            kind(range(store, "a", offset, len)),
-            ErrorKind::Truncated,
-            "{offset}+{len}"
-        );
+    for (offset, len) in [(0, 6), (4, 2), (5, 1), (100, 1), (i64::MAX as u64, 1), (u64::MAX, 2)] {
+        assert_eq!(kind(range(store, "a", offset, len)), ErrorKind::Truncated, "{offset}+{len}");
     }
     assert_eq!(range(store, "a", 4, 1).expect("the last byte"), b"5");
 }
@@ -198,13 +172,7 @@ pub fn range_past_the_end_is_truncated(store: &dyn ObjectStore) {
 /// What does not exist is not found, also below an object and where a folder is.
 pub fn missing_object_is_not_found(store: &dyn ObjectStore) {
     let _ = create(store, "folder/object", b"1");
-    for key in [
-        "a",
-        "folder",
-        "folder/other",
-        "other/object",
-        "folder/object/inner",
-    ] {
+    for key in ["a", "folder", "folder/other", "other/object", "folder/object/inner"] {
         assert_eq!(kind(store.read(key, 10)), ErrorKind::NotFound, "{key}");
         assert_eq!(kind(range(store, key, 0, 1)), ErrorKind::NotFound, "{key}");
         assert_eq!(kind(store.stat(key)), ErrorKind::NotFound, "{key}");
@@ -214,14 +182,7 @@ pub fn missing_object_is_not_found(store: &dyn ObjectStore) {
 /// A prefix is a folder: its own objects and those below, no key that merely begins alike.
 pub fn folders_are_listed_without_their_neighbours(store: &dyn ObjectStore) {
     assert_eq!(keys(store, ""), [""; 0]);
-    let all = [
-        "config",
-        "packs-old/a",
-        "packs/aa/1",
-        "packs/aa/2",
-        "packs/aab",
-        "packs/b/c/d",
-    ];
+    let all = ["config", "packs-old/a", "packs/aa/1", "packs/aa/2", "packs/aab", "packs/b/c/d"];
     for key in all {
         let _ = create(store, key, key.as_bytes());
     }
@@ -229,13 +190,7 @@ pub fn folders_are_listed_without_their_neighbours(store: &dyn ObjectStore) {
     assert_eq!(keys(store, "packs/"), all[2..]);
     assert_eq!(keys(store, "packs/aa/"), all[2..4]);
     assert_eq!(keys(store, "packs/b/"), all[5..]);
-    for prefix in [
-        "missing/",
-        "packs/a/",
-        "packs/aab/",
-        "config/",
-        "packs/aa/1/",
-    ] {
+    for prefix in ["missing/", "packs/a/", "packs/aab/", "config/", "packs/aa/1/"] {
         assert_eq!(keys(store, prefix), [""; 0], "{prefix}");
     }
     for key in all {
@@ -281,11 +236,7 @@ pub fn error_of_the_callback_ends_the_listing(store: &dyn ObjectStore) {
     let mut calls = 0;
     let listing = store.list("a/", &mut |meta| {
         calls += 1;
-        if calls < 3 {
-            Ok(())
-        } else {
-            Err(Error::new(ErrorKind::Full, "test", meta.key))
-        }
+        if calls < 3 { Ok(()) } else { Err(Error::new(ErrorKind::Full, "test", meta.key)) }
     });
     assert_eq!(kind(listing), ErrorKind::Full);
     assert_eq!(calls, 3);
@@ -312,14 +263,7 @@ pub fn store_can_be_used_while_listing(store: &dyn ObjectStore) {
 pub fn delete_is_idempotent(store: &dyn ObjectStore) {
     let _ = create(store, "folder/a", b"1");
     let _ = create(store, "folder/b", b"2");
-    for key in [
-        "folder/a",
-        "folder/a",
-        "never",
-        "never/was",
-        "folder/b/below",
-        "folder",
-    ] {
+    for key in ["folder/a", "folder/a", "never", "never/was", "folder/b/below", "folder"] {
         store.delete(key).expect("delete");
     }
     assert_eq!(kind(store.stat("folder/a")), ErrorKind::NotFound);
@@ -392,11 +336,7 @@ pub fn malformed_keys_are_rejected_by_every_operation(store: &dyn ObjectStore) {
         assert_eq!(kinds, [ErrorKind::Invalid; 6], "{key:?}");
     }
     for prefix in ["a", "/", "../", "/a/", "a//", "A/", ".a/", "nul\0/"] {
-        assert_eq!(
-            kind(store.list(prefix, &mut |_| Ok(()))),
-            ErrorKind::Invalid,
-            "{prefix:?}"
-        );
+        assert_eq!(kind(store.list(prefix, &mut |_| Ok(()))), ErrorKind::Invalid, "{prefix:?}");
     }
     assert_eq!(keys(store, ""), [""; 0]);
     let longest = "abcdefg/".repeat(63) + "abcdefgh"; // 512 bytes
@@ -443,22 +383,14 @@ pub fn objects_are_visible_only_whole(store: &dyn ObjectStore) {
                         let parts = [IoSlice::new(&half), IoSlice::new(&half)];
                         let key = format!("whole/{writer}-{n}");
                         assert_eq!(store.create(&key, &parts).expect("create"), Created::New);
-                        store
-                            .replace("whole/replaced", &half.repeat(2))
-                            .expect("replace");
+                        store.replace("whole/replaced", &half.repeat(2)).expect("replace");
                     }
                 })
             })
             .collect();
-        let outcomes: Vec<_> = writers
-            .into_iter()
-            .map(thread::ScopedJoinHandle::join)
-            .collect();
+        let outcomes: Vec<_> = writers.into_iter().map(thread::ScopedJoinHandle::join).collect();
         done.store(true, Ordering::SeqCst);
-        assert!(
-            outcomes.iter().all(thread::Result::is_ok),
-            "a writer failed"
-        );
+        assert!(outcomes.iter().all(thread::Result::is_ok), "a writer failed");
     });
     assert_eq!(keys(store, "whole/").len(), 41);
 }

@@ -1,8 +1,8 @@
 //! A store whose calls fail when the test says so, before or after taking effect.
 
-use std::time::{Duration, SystemTime};
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
 use super::Op;
 use crate::{Created, Error, ErrorKind, ObjectMeta, ObjectStore, Result};
@@ -30,11 +30,7 @@ pub struct FaultyStore<S, F> {
 impl<S: ObjectStore, F: Fn(Op, &str, u64) -> Fault + Send + Sync> FaultyStore<S, F> {
     /// Puts faults in front of `inner`.
     pub fn new(inner: S, decide: F) -> Self {
-        Self {
-            inner,
-            decide,
-            calls: Default::default(),
-        }
+        Self { inner, decide, calls: Default::default() }
     }
 
     /// The store behind, without faults.

@@ -31,10 +31,7 @@ struct Object {
 impl Default for MemoryStore {
     fn default() -> Self {
         let now = UNIX_EPOCH + Duration::from_secs(1_735_689_600);
-        Self(Mutex::new(State {
-            now,
-            objects: BTreeMap::new(),
-        }))
+        Self(Mutex::new(State { now, objects: BTreeMap::new() }))
     }
 }
 
@@ -67,10 +64,7 @@ impl MemoryStore {
     /// When the object does not exist.
     pub fn damage(&self, key: &str, change: impl FnOnce(&mut Vec<u8>)) {
         let mut state = self.state();
-        let object = state
-            .objects
-            .get_mut(key)
-            .expect("only what exists can be damaged");
+        let object = state.objects.get_mut(key).expect("only what exists can be damaged");
         let mut body = object.body.to_vec();
         change(&mut body);
         object.body = body.into();
@@ -98,9 +92,8 @@ impl State {
             }
         }
         let below = format!("{key}/");
-        let next = self
-            .objects
-            .range::<str, _>((Bound::Included(below.as_str()), Bound::Unbounded));
+        let next =
+            self.objects.range::<str, _>((Bound::Included(below.as_str()), Bound::Unbounded));
         match next.map(|(key, _)| key).next() {
             Some(inner) if inner.starts_with(&below) => {
                 invalid(format!("it is the folder of '{inner}'"))
@@ -110,10 +103,7 @@ impl State {
     }
 
     fn put(&mut self, key: &str, body: Vec<u8>) {
-        let object = Object {
-            body: body.into(),
-            modified: self.now,
-        };
+        let object = Object { body: body.into(), modified: self.now };
         self.objects.insert(key.to_owned(), object);
     }
 }
@@ -201,10 +191,6 @@ impl ObjectStore for MemoryStore {
 
 impl Object {
     fn meta(&self, key: &str) -> ObjectMeta {
-        ObjectMeta {
-            key: key.to_owned(),
-            size: self.body.len() as u64,
-            modified: self.modified,
-        }
+        ObjectMeta { key: key.to_owned(), size: self.body.len() as u64, modified: self.modified }
     }
 }

@@ -1,9 +1,9 @@
 //! A store that counts the calls and bytes that go through it.
 
-use std::time::{Duration, SystemTime};
 use std::collections::BTreeMap;
 use std::io::IoSlice;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use super::{Op, len};
 use crate::{Created, ObjectMeta, ObjectStore, Result};
@@ -44,10 +44,7 @@ pub struct RecordingStore<S> {
 impl<S: ObjectStore> RecordingStore<S> {
     /// Counts what goes to `inner`.
     pub fn new(inner: S) -> Self {
-        Self {
-            inner,
-            counts: Mutex::default(),
-        }
+        Self { inner, counts: Mutex::default() }
     }
 
     /// The store behind; calls to it are not counted.
@@ -134,9 +131,7 @@ mod tests {
     #[test]
     fn calls_and_bytes_are_counted_by_operation() {
         let store = RecordingStore::new(MemoryStore::new());
-        let _ = store
-            .create("a", &[IoSlice::new(b"12"), IoSlice::new(b"345")])
-            .unwrap();
+        let _ = store.create("a", &[IoSlice::new(b"12"), IoSlice::new(b"345")]).unwrap();
         store.read("a", 10).unwrap();
         store.read("a", 4).unwrap_err();
         store.read_at("a", 1, &mut [0; 3]).unwrap();
