@@ -177,10 +177,17 @@ impl Writer {
         else {
             return Err(Error::corrupt(name, "a random name was taken"));
         };
-        let announced = store.stat(&name)?.modified;
-        let tombstoned = read_all_tombstones(&repository)?;
-        let (base, _) = Index::open(store, keys, settings.filter_bytes / 2)?;
-        let usable = UsablePacks { present: list_packs(&repository)?, tombstoned };
+        let learn = || -> Result<_> {
+            let announced = store.stat(&name)?.modified;
+            let tombstoned = read_all_tombstones(&repository)?;
+            let (base, _) = Index::open(store, keys, settings.filter_bytes / 2)?;
+            let usable = UsablePacks { present: list_packs(&repository)?, tombstoned };
+            Ok((announced, base, usable))
+        };
+        let (announced, base, usable) = learn().inspect_err(|_| {
+            // Nothing was written yet: nobody needs to wait for this session.
+            let _left_behind = store.delete(&name);
+        })?;
         Ok(Self::start(repository, settings, session.clone(), announced, id, base, usable))
     }
 
