@@ -330,6 +330,10 @@ impl Writer {
         }
         closed?;
         self.shared.check()?;
+        // Writing segments takes memory of its own: let the pack buffers go.
+        for packer in [&self.shared.data, &self.shared.meta] {
+            lock(packer).free.try_iter().for_each(drop);
+        }
         let packs = std::mem::take(&mut *lock(&self.shared.unflushed));
         self.shared.flush(packs)
     }

@@ -21,6 +21,7 @@
 mod assemble;
 mod file;
 mod parent;
+mod pipeline;
 mod scan;
 mod settings;
 
@@ -36,7 +37,7 @@ use chunkstore::writer::Writer;
 use chunkstore::{Error, ErrorKind, Result};
 
 pub use parent::ChangedBy;
-pub use settings::Resources;
+pub use settings::{MEMORY_BYTES_MIN, Resources};
 
 use crate::fs::Dir;
 use crate::monitor::Monitor;
@@ -59,6 +60,8 @@ pub struct Request<'a> {
     pub excludes: Option<&'a Excludes<'a>>,
     /// Leave out the content of folders marked by a `CACHEDIR.TAG`.
     pub exclude_caches: bool,
+    /// Device and inode of a folder whose content is left out: the repository, should it lie within.
+    pub skip: Option<(u64, u64)>,
     /// Do not descend into other file systems.
     pub one_file_system: bool,
     /// How to tell a changed file; `None` to decide by file system.

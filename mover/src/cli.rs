@@ -29,6 +29,8 @@ use output::Output;
 const DONE: u8 = 0;
 /// The command failed.
 const FAILED: u8 = 1;
+/// What was typed cannot be meant.
+const WRONG_USAGE: u8 = 2;
 /// Done, but some files could not be read or restored, or damage was found.
 const INCOMPLETE: u8 = 3;
 
@@ -38,16 +40,21 @@ pub fn run() -> ExitCode {
     let args = Args::parse();
     crate::fs::raise_open_files();
     let output = Output::new(args.global.json);
-    let cancelled = Arc::new(AtomicBool::new(false));
-    let result = watch_signals(&cancelled).and_then(|()| dispatch(&args, &output, &cancelled));
-    ExitCode::from(result.unwrap_or_else(|error| {
+    ExitCode::from(dispatch(&args, &output).unwrap_or_else(|error| {
         output.error(&error);
-        FAILED
+        if error.is::<UsageError>() { WRONG_USAGE } else { FAILED }
     }))
 }
 
-/// The first signal asks to end cleanly, the second ends at once.
-fn watch_signals(cancelled: &Arc<AtomicBool>) -> Result<()> {
+/// What was typed cannot be meant.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct UsageError(String);
+
+/// A flag that the first signal sets, to end cleanly; the second ends at once. Commands that have
+/// nothing to tidy up do without: a signal ends them like any other program, which harms nothing.
+fn watch_signals() -> Result<Arc<AtomicBool>> {
+    let cancelled = Arc::new(AtomicBool::new(false));
     use signal_hook::consts::{SIGINT, SIGTERM};
     for signal in [SIGINT, SIGTERM] {
         signal_hook::flag::register_conditional_shutdown(
@@ -58,16 +65,16 @@ fn watch_signals(cancelled: &Arc<AtomicBool>) -> Result<()> {
         .and_then(|_| signal_hook::flag::register(signal, cancelled.clone()))
         .context("cannot watch for signals")?;
     }
-    Ok(())
+    Ok(cancelled)
 }
 
-fn dispatch(args: &Args, output: &Output, cancelled: &Arc<AtomicBool>) -> Result<u8> {
+fn dispatch(args: &Args, output: &Output) -> Result<u8> {
     let global = &args.global;
     match &args.command {
         Command::Init(init) => keys::init(global, init, output),
-        Command::Backup(backup) => backup::run(global, backup, output, cancelled),
+        Command::Backup(backup) => backup::run(global, backup, output, &watch_signals()?),
         Command::Snapshots(snapshots) => browse::snapshots(global, snapshots, output),
-        Command::Restore(restore) => restore::run(global, restore, output, cancelled),
+        Command::Restore(restore) => restore::run(global, restore, output, &watch_signals()?),
         Command::Ls(ls) => browse::ls(global, ls, output),
         Command::Diff(diff) => browse::diff(global, diff, output),
         Command::Dump(dump) => browse::dump(global, dump, output),

@@ -296,7 +296,7 @@ impl Shared<'_> {
 
     fn warn_attributes(&self, path: &[u8], failures: &[AttrFailure]) {
         for failure in failures {
-            self.warn(path, format!("an attribute cannot be set: {failure}"));
+            self.warn(path, format!("cannot be set: {failure}"));
         }
     }
 

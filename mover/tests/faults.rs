@@ -389,7 +389,7 @@ fn wrong_usage_ends_with_2() {
         assert!(run.stderr.contains("Usage") || run.stderr.contains("--help"), "{}", run.stderr);
         assert_eq!(run.stdout, "");
     }
-    site.run(&["backup", "source", "--memory", "32M"]).ends_with(1).says("96 MiB are the least");
+    site.run(&["backup", "source", "--memory", "32M"]).ends_with(2).says("at least 96M");
     site.run(&["--help"]).ends_with(0);
 }
 

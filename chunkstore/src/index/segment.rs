@@ -66,7 +66,12 @@ fn prefix(id: &BlobId) -> Prefix {
     *id.0.first_chunk().expect("32 is more than 16")
 }
 
-fn fence(prefix: &Prefix) -> u64 {
+/// The first eight bytes of an id, in the order of ids.
+pub(super) fn fence(id: &BlobId) -> u64 {
+    prefix_fence(&prefix(id))
+}
+
+fn prefix_fence(prefix: &Prefix) -> u64 {
     u64::from_be_bytes(*prefix.first_chunk().expect("16 is more than 8"))
 }
 
@@ -141,7 +146,11 @@ impl SegmentWriter {
     pub fn new(keys: &Keyring, records: usize, supersedes: Vec<SegmentId>) -> Self {
         let id = SegmentId::random();
         let (header, cipher) = ObjectCipher::create(keys, ObjectKind::Segment, &object_name(id));
-        let mut object = Vec::with_capacity(records.div_ceil(BLOCK_RECORDS) * BLOCK_BYTES + 4096);
+        // All of it, since growing would hold it twice: blocks, filter, and a fence a block.
+        let blocks = records.div_ceil(BLOCK_RECORDS);
+        let footer_bytes = 8 * blocks + SegmentId::LEN * supersedes.len() + 256;
+        let bytes = HEADER_BYTES + blocks * BLOCK_BYTES + Filter::size(records) + footer_bytes;
+        let mut object = Vec::with_capacity(bytes);
         object.extend_from_slice(&header.encode());
         let footer =
             Footer { records: 0, filter_len: 0, supersedes, fences: Vec::new(), last: [0; 16] };
@@ -160,7 +169,7 @@ impl SegmentWriter {
     pub fn push(&mut self, record: &Record) {
         debug_assert!(self.footer.records == 0 || self.footer.last <= record.prefix);
         if self.block.is_empty() {
-            self.footer.fences.push(fence(&record.prefix));
+            self.footer.fences.push(prefix_fence(&record.prefix));
         }
         record.encode(&mut self.block);
         self.filter.insert(&record.prefix);
@@ -305,6 +314,11 @@ impl Segment {
         &self.footer.supersedes
     }
 
+    /// First and last record, cut to eight bytes.
+    pub(super) fn range(&self) -> (u64, u64) {
+        (self.footer.fences[0], prefix_fence(&self.footer.last))
+    }
+
     fn filter_offset(&self) -> u64 {
         (HEADER_BYTES + self.footer.fences.len() * BLOCK_BYTES) as u64
     }
@@ -354,10 +368,7 @@ impl Segment {
         block: &mut Vec<u8>,
     ) -> Option<Location> {
         let key = prefix(id);
-        let first = fence(&key);
-        if first < self.footer.fences[0] || key > self.footer.last {
-            return None;
-        }
+        let first = prefix_fence(&key);
         if self.filter.as_ref().is_some_and(|filter| !filter.may_contain(id)) {
             return None;
         }

@@ -9,7 +9,7 @@ use chunkstore::limits::{
 use chunkstore::writer::WriterSettings;
 
 /// Least memory the program accepts.
-pub(crate) const MEMORY_BYTES_MIN: u64 = 96 << 20;
+pub const MEMORY_BYTES_MIN: u64 = 96 << 20;
 
 /// What the program itself takes: code, stacks, the directory listing buffers, tree nodes, the
 /// allocator's slack.

@@ -43,7 +43,7 @@ pub(super) struct Global {
     pub(super) key_file: Option<PathBuf>,
     /// Memory the program may use, at least 96M [default: 256M, or 75 % of the control group's
     /// limit if that is less].
-    #[arg(long, global = true, env = "EBACKUP_MEMORY", value_name = "SIZE", value_parser = size)]
+    #[arg(long, global = true, env = "EBACKUP_MEMORY", value_name = "SIZE", value_parser = memory)]
     pub(super) memory: Option<u64>,
     /// Print JSON, one object a line; the last one is the summary.
     #[arg(long, global = true)]
@@ -227,9 +227,12 @@ pub(super) struct Restore {
     /// Tell what would be restored, and write nothing.
     #[arg(long)]
     pub(super) dry_run: bool,
-    /// Leave everything to the user who restores.
+    /// Leave everything to the user who restores. Setuid and setgid bits are then left out.
     #[arg(long)]
     pub(super) no_owner: bool,
+    /// Wait at the end until everything is on stable storage.
+    #[arg(long)]
+    pub(super) sync: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -309,7 +312,7 @@ pub(super) struct Forget {
     #[arg(long, value_name = "NAME")]
     pub(super) lineage: Option<String>,
     /// Free the space at once.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "dry_run")]
     pub(super) prune: bool,
     /// Tell what would be forgotten, and change nothing.
     #[arg(long)]
@@ -343,11 +346,11 @@ pub(super) struct Policy {
     pub(super) keep_within: Option<jiff::Span>,
 }
 
-#[derive(ClapArgs)]
+#[derive(ClapArgs, Default)]
 pub(super) struct Prune {
-    /// How long a backup may give no sign of life before it is declared dead.
-    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = duration)]
-    pub(super) grace: std::time::Duration,
+    /// How long a backup may give no sign of life before it is declared dead [default: 1h].
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(super) grace: Option<std::time::Duration>,
     /// Print what would be deleted, and change nothing.
     #[arg(long)]
     pub(super) dry_run: bool,
@@ -405,6 +408,14 @@ fn size(text: &str) -> Result<u64, String> {
     };
     let bytes = number.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
     bytes.ok_or_else(|| "a size is a number with K, M, G or T behind it".to_owned())
+}
+
+fn memory(text: &str) -> Result<u64, String> {
+    let bytes = size(text)?;
+    if bytes < crate::backup::MEMORY_BYTES_MIN {
+        return Err("the program needs at least 96M".to_owned());
+    }
+    Ok(bytes)
 }
 
 fn tag(text: &str) -> Result<(String, String), String> {

@@ -60,6 +60,7 @@ pub(super) fn run(
         tags: args.tag.iter().cloned().collect::<BTreeMap<_, _>>(),
         excludes: excludes.is_some().then_some(&matcher),
         exclude_caches: args.exclude_caches,
+        skip: inode_of(global.repo.as_deref()),
         one_file_system: args.one_file_system,
         changed_by: args.changed_by.map(Into::into),
         compression: args.compression,
@@ -103,6 +104,11 @@ fn open_or_create(global: &Global, args: &Backup, output: &Output) -> Result<Arc
         Some(Err(error)) if error.kind() == ErrorKind::NotFound => false,
         Some(Err(error)) => return Err(error.into()),
     };
+    if !exists && args.dry_run {
+        bail!(
+            "there is no repository yet, and a dry run makes none: leave out --dry-run or --init"
+        );
+    }
     if exists { secret::open(global) } else { keys::create(global, &Init::default(), output) }
 }
 
@@ -126,6 +132,13 @@ fn is_excluded(rules: Option<&Gitignore>, path: &[u8], is_dir: bool) -> bool {
     use std::os::unix::ffi::OsStrExt;
     let path = Path::new(std::ffi::OsStr::from_bytes(path));
     rules.is_some_and(|rules| rules.matched(path, is_dir).is_ignore())
+}
+
+/// Device and inode of the repository's folder.
+fn inode_of(repo: Option<&str>) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let folder = std::fs::metadata(repo?).ok()?;
+    Some((folder.dev(), folder.ino()))
 }
 
 fn host() -> String {

@@ -11,10 +11,10 @@ use chunkstore::{Error, ErrorKind, record::Snapshot};
 use serde::Serialize;
 
 use super::args::{Diff, Dump, Global, Ls, Snapshots};
-use super::content::ContentReader;
+use super::content::{ContentReader, LastBlob};
 use super::output::{Output, bytes, end_on_closed_pipe};
 use super::snapshot::{self, SnapshotLine};
-use super::{DONE, INCOMPLETE, secret};
+use super::{DONE, INCOMPLETE, UsageError, secret};
 use crate::monitor::display_path;
 
 pub(super) fn snapshots(global: &Global, args: &Snapshots, output: &Output) -> Result<u8> {
@@ -127,6 +127,24 @@ fn permissions(node: &Node) -> String {
     text
 }
 
+/// Fails unless the snapshot has an entry with this key.
+pub(super) fn require(repository: &Repository, snapshot: &Snapshot, key: &[u8]) -> Result<()> {
+    if key.is_empty() {
+        return Ok(());
+    }
+    let mut cursor = EntryCursor::new(TreeCursor::new(repository, snapshot.root, snapshot.level));
+    cursor.seek(key)?;
+    match cursor.peek()? {
+        Some(entry) if entry.key == key => Ok(()),
+        _ => {
+            let path: Vec<u8> =
+                key.iter().map(|byte| if *byte == 0 { b'/' } else { *byte }).collect();
+            let message = format!("the snapshot has no '{}'", display_path(&path));
+            Err(Error::new(ErrorKind::NotFound, message).into())
+        }
+    }
+}
+
 /// Calls `each` for the node at `key` and for all nodes below it, with the cursor behind the node.
 fn for_each_below<'a>(
     repository: &'a Repository,
@@ -134,23 +152,17 @@ fn for_each_below<'a>(
     key: &[u8],
     each: &mut dyn FnMut(&Entry, &Node, &mut EntryCursor<'a>) -> Result<()>,
 ) -> Result<()> {
+    require(repository, snapshot, key)?;
     let leaves = TreeCursor::new(repository, snapshot.root, snapshot.level);
     let mut cursor = EntryCursor::new(leaves);
     cursor.seek(key)?;
-    let mut first = true;
     while let Some(entry) = cursor.peek()?.cloned() {
         let below = key.is_empty()
             || entry.key == key
             || entry.key.strip_prefix(key).is_some_and(|rest| rest[0] == 0);
-        if first && entry.key != key {
-            let path = display_path(&Entry { key: key.to_vec(), body: entry.body }.path());
-            let message = format!("the snapshot has no '{path}'");
-            return Err(Error::new(ErrorKind::NotFound, message).into());
-        }
         if !below {
             break;
         }
-        first = false;
         cursor.advance();
         if let Body::Node(node) = &entry.body {
             each(&entry, node, &mut cursor)?;
@@ -161,7 +173,8 @@ fn for_each_below<'a>(
 
 pub(super) fn ls(global: &Global, args: &Ls, output: &Output) -> Result<u8> {
     let repository = secret::open(global)?;
-    let (_, snapshot) = snapshot::find(&repository, &args.snapshot, args.which.lineage.as_deref())?;
+    let (_, snapshot) =
+        snapshot::find(&repository, &args.snapshot, args.which.lineage.as_deref(), output)?;
     let key = snapshot::key_of(args.subpath.as_deref().unwrap_or(Path::new("")))?;
     let depth = |key: &[u8]| match key {
         b"" => 0,
@@ -194,8 +207,8 @@ pub(super) fn diff(global: &Global, args: &Diff, output: &Output) -> Result<u8> 
     }
     let repository = secret::open(global)?;
     let lineage = args.which.lineage.as_deref();
-    let (_, first) = snapshot::find(&repository, &args.first, lineage)?;
-    let (_, second) = snapshot::find(&repository, &args.second, lineage)?;
+    let (_, first) = snapshot::find(&repository, &args.first, lineage, output)?;
+    let (_, second) = snapshot::find(&repository, &args.second, lineage, output)?;
     let mut failed = Ok(());
     let (first, second) = ((first.root, first.level), (second.root, second.level));
     tree::diff(&*repository, first, second, &mut |change| {
@@ -221,16 +234,19 @@ pub(super) fn diff(global: &Global, args: &Diff, output: &Output) -> Result<u8> 
 
 pub(super) fn dump(global: &Global, args: &Dump, output: &Output) -> Result<u8> {
     if output.json {
-        bail!("'dump' writes the file itself and has no JSON form");
+        let message = "'dump' writes the file itself and has no JSON form".to_owned();
+        return Err(UsageError(message).into());
     }
     let repository = secret::open(global)?;
-    let (_, snapshot) = snapshot::find(&repository, &args.snapshot, args.which.lineage.as_deref())?;
+    let (_, snapshot) =
+        snapshot::find(&repository, &args.snapshot, args.which.lineage.as_deref(), output)?;
     let key = snapshot::key_of(&args.path)?;
     let mut out = io::BufWriter::with_capacity(1 << 20, io::stdout().lock());
     let mut archive = None;
+    let mut blob = LastBlob::default();
     for_each_below(&repository, &snapshot, &key, &mut |entry, node, cursor| {
         if entry.key == key && node.kind == Kind::File {
-            let mut content = ContentReader::new(&repository, node, cursor);
+            let mut content = ContentReader::new(&repository, node, cursor, &mut blob);
             copy(&mut content, &mut out)?;
             return Ok(());
         }
@@ -238,7 +254,8 @@ pub(super) fn dump(global: &Global, args: &Dump, output: &Output) -> Result<u8> 
             bail!("'{}' is a {}, which has no content", args.path.display(), kind_name(node.kind));
         }
         let archive = archive.get_or_insert_with(|| tar::Builder::new(Vec::new()));
-        append(archive, &repository, &key, entry, node, cursor, &mut out)
+        let mut tar = Tar { archive, blob: &mut blob, out: &mut out };
+        tar.append(&repository, &key, entry, node, cursor)
     })?;
     if let Some(archive) = archive {
         let end = archive.into_inner()?;
@@ -259,72 +276,96 @@ fn copy(from: &mut impl Read, out: &mut impl Write) -> Result<()> {
     }
 }
 
-/// Appends an entry to a tar archive. Headers go through the archive's own buffer, which is emptied
-/// at once; content goes straight to `out`.
-fn append<'a>(
-    archive: &mut tar::Builder<Vec<u8>>,
-    repository: &'a Repository,
-    base: &[u8],
-    entry: &Entry,
-    node: &Node,
-    cursor: &mut EntryCursor<'a>,
-    out: &mut impl Write,
-) -> Result<()> {
-    let below = entry.key.strip_prefix(base).unwrap_or(&entry.key);
-    let below = below.strip_prefix(&[0]).unwrap_or(below);
-    let path: Vec<u8> = below.iter().map(|byte| if *byte == 0 { b'/' } else { *byte }).collect();
-    let path = if path.is_empty() { b".".to_vec() } else { path };
-    let path = Path::new(std::ffi::OsStr::from_bytes(&path));
-    let mut header = tar::Header::new_gnu();
-    header.set_mode(node.mode);
-    header.set_uid(node.uid.into());
-    header.set_gid(node.gid.into());
-    header.set_mtime(u64::try_from(node.mtime.seconds).unwrap_or(0));
-    header.set_size(0);
-    let mut extensions: Vec<(String, Vec<u8>)> = Vec::new();
-    for (name, value) in &node.xattrs {
-        if let Ok(name) = std::str::from_utf8(name) {
-            extensions.push((format!("SCHILY.xattr.{name}"), value.clone()));
+/// Writes a tar archive. Headers go through the archive's own buffer, which is emptied at once; content
+/// goes straight to `out`.
+struct Tar<'t, W> {
+    archive: &'t mut tar::Builder<Vec<u8>>,
+    blob: &'t mut LastBlob,
+    out: &'t mut W,
+}
+
+impl<W: Write> Tar<'_, W> {
+    /// Appends an entry.
+    fn append<'a>(
+        &mut self,
+        repository: &'a Repository,
+        base: &[u8],
+        entry: &Entry,
+        node: &Node,
+        cursor: &mut EntryCursor<'a>,
+    ) -> Result<()> {
+        let Self { archive, blob, out } = self;
+        let below = entry.key.strip_prefix(base).unwrap_or(&entry.key);
+        let below = below.strip_prefix(&[0]).unwrap_or(below);
+        let path: Vec<u8> =
+            below.iter().map(|byte| if *byte == 0 { b'/' } else { *byte }).collect();
+        let path = if path.is_empty() { b".".to_vec() } else { path };
+        let path = Path::new(std::ffi::OsStr::from_bytes(&path));
+        if node.kind == Kind::Socket {
+            // Tar has no sockets; they are nothing without the program that listens.
+            return Ok(());
+        }
+        let mut header = tar::Header::new_gnu();
+        header.set_mode(node.mode);
+        header.set_uid(node.uid.into());
+        header.set_gid(node.gid.into());
+        header.set_mtime(u64::try_from(node.mtime.seconds).unwrap_or(0));
+        header.set_size(0);
+        let mut extensions: Vec<(String, Vec<u8>)> = Vec::new();
+        if node.mtime.nanos != 0 || node.mtime.seconds < 0 {
+            extensions.push(("mtime".to_owned(), pax_time(node).into_bytes()));
+        }
+        for (name, value) in &node.xattrs {
+            if let Ok(name) = std::str::from_utf8(name) {
+                extensions.push((format!("SCHILY.xattr.{name}"), value.clone()));
+            }
+        }
+        let records = extensions.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
+        archive.append_pax_extensions(records)?;
+        header.set_entry_type(match node.kind {
+            Kind::File => tar::EntryType::Regular,
+            Kind::Dir => tar::EntryType::Directory,
+            Kind::Symlink => tar::EntryType::Symlink,
+            Kind::Fifo => tar::EntryType::Fifo,
+            Kind::CharDevice => tar::EntryType::Char,
+            Kind::BlockDevice => tar::EntryType::Block,
+            Kind::Socket => return Ok(()),
+        });
+        if matches!(node.kind, Kind::CharDevice | Kind::BlockDevice) {
+            header.set_device_major(node.rdev.0)?;
+            header.set_device_minor(node.rdev.1)?;
+        }
+        let mut content = ContentReader::new(repository, node, cursor, blob);
+        match (&node.content, node.kind) {
+            (Content::Inline(target), Kind::Symlink) => {
+                archive.append_link(&mut header, path, std::ffi::OsStr::from_bytes(target))?;
+                flush(archive, out)
+            }
+            (_, Kind::File) => {
+                // The archive would write the content through its buffer: give it the header alone.
+                header.set_size(node.size);
+                header.set_cksum();
+                archive.append_data(&mut header, path, io::empty())?;
+                flush(archive, out)?;
+                copy(&mut content, out)?;
+                let padding = node.size.next_multiple_of(512) - node.size;
+                out.write_all(&[0; 512][..padding as usize]).map_err(end_on_closed_pipe)?;
+                Ok(())
+            }
+            _ => {
+                archive.append_data(&mut header, path, io::empty())?;
+                flush(archive, out)
+            }
         }
     }
-    let records = extensions.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
-    archive.append_pax_extensions(records)?;
-    header.set_entry_type(match node.kind {
-        Kind::File => tar::EntryType::Regular,
-        Kind::Dir => tar::EntryType::Directory,
-        Kind::Symlink => tar::EntryType::Symlink,
-        Kind::Fifo => tar::EntryType::Fifo,
-        Kind::CharDevice => tar::EntryType::Char,
-        Kind::BlockDevice => tar::EntryType::Block,
-        // Tar has no sockets; they are nothing without the program that listens.
-        Kind::Socket => return Ok(()),
-    });
-    if matches!(node.kind, Kind::CharDevice | Kind::BlockDevice) {
-        header.set_device_major(node.rdev.0)?;
-        header.set_device_minor(node.rdev.1)?;
-    }
-    let mut content = ContentReader::new(repository, node, cursor);
-    match (&node.content, node.kind) {
-        (Content::Inline(target), Kind::Symlink) => {
-            archive.append_link(&mut header, path, std::ffi::OsStr::from_bytes(target))?;
-            flush(archive, out)
-        }
-        (_, Kind::File) => {
-            // The archive would write the content through its buffer: give it the header alone.
-            header.set_size(node.size);
-            header.set_cksum();
-            archive.append_data(&mut header, path, io::empty())?;
-            flush(archive, out)?;
-            copy(&mut content, out)?;
-            let padding = node.size.next_multiple_of(512) - node.size;
-            out.write_all(&[0; 512][..padding as usize]).map_err(end_on_closed_pipe)?;
-            Ok(())
-        }
-        _ => {
-            archive.append_data(&mut header, path, io::empty())?;
-            flush(archive, out)
-        }
-    }
+}
+
+/// The modification time as PAX has it: seconds with a fraction, negative before 1970.
+fn pax_time(node: &Node) -> String {
+    let nanos = i128::from(node.mtime.seconds) * 1_000_000_000 + i128::from(node.mtime.nanos);
+    let sign = if nanos < 0 { "-" } else { "" };
+    let nanos = nanos.unsigned_abs();
+    format!("{sign}{}.{:09}", nanos / 1_000_000_000, nanos % 1_000_000_000)
 }
 
 fn flush(archive: &mut tar::Builder<Vec<u8>>, out: &mut impl Write) -> Result<()> {

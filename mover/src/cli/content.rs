@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io::{self, Read};
 
+use chunkstore::id::BlobId;
 use chunkstore::pack::{PackClass, ReadScratch};
 use chunkstore::repository::Repository;
 use chunkstore::tree::{BlobRef, Body, Content, EntryCursor, Node};
@@ -24,9 +25,30 @@ pub(super) struct ContentReader<'a, 'c> {
     inline: Vec<u8>,
     at: u64,
     size: u64,
-    scratch: ReadScratch,
-    /// The piece whose blob is in `scratch`.
+    last: &'c mut LastBlob,
+    /// The piece whose blob is in `last`.
     loaded: Option<Piece>,
+}
+
+/// The blob read last: the next small file most often lies in the same bundle.
+#[derive(Default)]
+pub(super) struct LastBlob {
+    scratch: ReadScratch,
+    id: Option<BlobId>,
+}
+
+impl LastBlob {
+    fn load(&mut self, repository: &Repository, blob: &BlobRef) -> chunkstore::Result<()> {
+        if self.id == Some(blob.id) {
+            return Ok(());
+        }
+        self.id = None;
+        let (store, keys) = (repository.store(), repository.keys());
+        let pack = repository.packs(PackClass::Data).get(store, keys, blob.location.pack)?;
+        pack.read(store, keys, blob.location.ordinal, &blob.id, &mut self.scratch)?;
+        self.id = Some(blob.id);
+        Ok(())
+    }
 }
 
 impl<'a, 'c> ContentReader<'a, 'c> {
@@ -35,6 +57,7 @@ impl<'a, 'c> ContentReader<'a, 'c> {
         repository: &'a Repository,
         node: &Node,
         cursor: &'c mut EntryCursor<'a>,
+        last: &'c mut LastBlob,
     ) -> Self {
         let mut reader = Self {
             repository,
@@ -43,7 +66,7 @@ impl<'a, 'c> ContentReader<'a, 'c> {
             inline: Vec::new(),
             at: 0,
             size: node.size,
-            scratch: ReadScratch::default(),
+            last,
             loaded: None,
         };
         match &node.content {
@@ -87,16 +110,8 @@ impl<'a, 'c> ContentReader<'a, 'c> {
         let Some(piece) = self.pieces.pop_front() else {
             return Ok(());
         };
-        let (store, keys) = (self.repository.store(), self.repository.keys());
-        let blob = &piece.blob;
-        let packs = self.repository.packs(PackClass::Data);
-        packs
-            .get(store, keys, blob.location.pack)
-            .and_then(|pack| {
-                pack.read(store, keys, blob.location.ordinal, &blob.id, &mut self.scratch)
-            })
-            .map_err(io::Error::other)?;
-        if self.scratch.plain.len() < piece.from + piece.len {
+        self.last.load(self.repository, &piece.blob).map_err(io::Error::other)?;
+        if self.last.scratch.plain.len() < piece.from + piece.len {
             return Err(io::Error::other("a blob is shorter than its reference says"));
         }
         self.loaded = Some(piece);
@@ -134,7 +149,7 @@ impl Read for ContentReader<'_, '_> {
                 let skip = (at - piece.offset) as usize;
                 len = len.min(piece.len - skip);
                 let from = piece.from + skip;
-                buffer[..len].copy_from_slice(&self.scratch.plain[from..from + len]);
+                buffer[..len].copy_from_slice(&self.last.scratch.plain[from..from + len]);
             }
             hole_ends => {
                 let hole = hole_ends.map_or(left as u64, |offset| offset - at);

@@ -1,5 +1,7 @@
 //! Taking care of a repository: `check`, `forget`, `prune` and `stats`.
 
+use std::time::Duration;
+
 use anyhow::Result;
 use chunkstore::check::{self, CheckOptions, Finding, ReadData};
 use chunkstore::gc::{self, PruneSettings};
@@ -9,6 +11,9 @@ use serde::Serialize;
 use super::args::{Check, Forget, Global, Prune};
 use super::output::Output;
 use super::{DONE, FAILED, INCOMPLETE, now, secret, snapshot};
+
+/// How long a backup may give no sign of life, which it does once a minute, before it is declared dead.
+const GRACE: Duration = Duration::from_secs(3600);
 
 pub(super) fn check(global: &Global, args: &Check, output: &Output) -> Result<u8> {
     let resources = secret::resources(global)?;
@@ -79,8 +84,9 @@ pub(super) fn forget(global: &Global, args: &Forget, output: &Output) -> Result<
         forgotten.extend(decisions.iter().filter(|one| !one.keep).map(|one| one.id));
     } else {
         for name in &args.snapshots {
-            let (id, found) = snapshot::find(&repository, name, args.lineage.as_deref())?;
-            output.line(format!("forget {} {} {}", id.short(), found.started, found.lineage))?;
+            let (id, what) =
+                snapshot::find_to_forget(&repository, name, args.lineage.as_deref(), output)?;
+            output.line(format!("forget {} {what}", id.short()))?;
             forgotten.push(id);
         }
     }
@@ -101,8 +107,7 @@ pub(super) fn forget(global: &Global, args: &Forget, output: &Output) -> Result<
     output.object(&Forgot { r#type: "summary", forgotten: &forgotten, dry_run })?;
     if args.prune && !dry_run {
         drop(repository);
-        let grace = PruneSettings::default().grace;
-        return prune(global, &Prune { grace, dry_run }, output);
+        return prune(global, &Prune::default(), output);
     }
     Ok(DONE)
 }
@@ -114,7 +119,8 @@ pub(super) fn prune(global: &Global, args: &Prune, output: &Output) -> Result<u8
         rustix::system::uname().nodename().to_string_lossy(),
         std::process::id()
     );
-    let settings = PruneSettings { grace: args.grace, dry_run: args.dry_run, writer };
+    let settings =
+        PruneSettings { grace: args.grace.unwrap_or(GRACE), dry_run: args.dry_run, writer };
     let progress = |what: &str| tell(global, output, what);
     let report = gc::prune(&repository, &settings, now(), &progress)?;
     output.line(&report)?;

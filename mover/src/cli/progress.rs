@@ -212,7 +212,7 @@ impl State {
             return print_json(&Status { r#type, files, bytes, total_bytes, seconds, current });
         }
         let rate = done as f64 / elapsed.max(0.001);
-        let mut line = format!("{files} files {}, {}", self.verb, bytes(done));
+        let mut line = format!("{files} entries {}, {}", self.verb, bytes(done));
         if total > 0 {
             let percent = 100.0 * done as f64 / total as f64;
             line.push_str(&format!(" of {} ({:.0} %)", bytes(total), percent.min(100.0)));

@@ -14,7 +14,7 @@ use serde::Serialize;
 use super::args::{Global, Restore};
 use super::output::{Output, bytes, seconds};
 use super::progress::Progress;
-use super::{DONE, INCOMPLETE, secret, snapshot};
+use super::{DONE, INCOMPLETE, browse, secret, snapshot};
 use crate::restore::{FilterResult, Request, RestoreOptions, RestoreSummary, restore};
 
 /// The last line of `restore --json`.
@@ -38,8 +38,10 @@ pub(super) fn run(
     let filter = Filter::new(args)?;
     let repository = secret::open(global)?;
     let (name, subpath) = args.snapshot.split_once(':').unwrap_or((&args.snapshot, ""));
-    let (id, snapshot) = snapshot::find(&repository, name, args.which.lineage.as_deref())?;
+    let (id, snapshot) = snapshot::find(&repository, name, args.which.lineage.as_deref(), output)?;
     let subpath = snapshot::key_of(Path::new(subpath))?;
+    // Before anything is made for it.
+    browse::require(&repository, &snapshot, &subpath)?;
     let mut progress = Progress::start("restored", global.quiet, output, cancelled);
     if subpath.is_empty() && filter.is_none() {
         progress.expect(snapshot.summary.bytes);
@@ -60,6 +62,7 @@ pub(super) fn run(
             verify: args.verify,
             dry_run: args.dry_run,
             owner: !args.no_owner,
+            sync: args.sync,
             threads: resources.workers.max(2),
             window_bytes: resources.window_bytes(),
             scratch: secret::scratch(),

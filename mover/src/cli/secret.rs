@@ -18,17 +18,15 @@ use chunkstore::repository::Repository;
 use objects::ObjectStore;
 use objects::local::LocalStore;
 
+use super::UsageError;
 use super::args::Global;
-use crate::backup::Resources;
+use crate::backup::{MEMORY_BYTES_MIN, Resources};
 
 /// First words of a key file.
 const KEY_FILE_TITLE: &str = "ebackup key file";
 
 /// Memory the program may use unless told otherwise.
 const MEMORY_BYTES_DEFAULT: u64 = 256 << 20;
-/// The least it accepts: code and stacks, three small packs, one worker.
-const MEMORY_BYTES_MIN: u64 = 96 << 20;
-
 /// What the user gave to open the repository with.
 pub(super) enum Given {
     /// A password or key file.
@@ -127,7 +125,10 @@ pub(super) fn new_store(global: &Global) -> Result<Arc<dyn ObjectStore>> {
 
 fn path(global: &Global) -> Result<PathBuf> {
     match global.repo.as_deref() {
-        None | Some("") => bail!("which repository? Give --repo DIR, or set EBACKUP_REPO"),
+        None | Some("") => {
+            let message = "which repository? Give --repo DIR, or set EBACKUP_REPO".to_owned();
+            Err(UsageError(message).into())
+        }
         Some(url) if url.contains("://") => {
             bail!("'{url}' is not a folder: this version keeps repositories in folders only")
         }
@@ -209,13 +210,11 @@ pub(super) fn resources(global: &Global) -> Result<Resources> {
         given.map_or(MEMORY_BYTES_DEFAULT, |limit| limit.min(MEMORY_BYTES_DEFAULT))
     });
     if memory < MEMORY_BYTES_MIN {
-        let hint = match global.memory {
-            Some(_) => "give more with --memory",
-            None => {
-                "raise the memory limit of the control group to 128 MiB, or force it with --memory"
-            }
-        };
-        bail!("{} MiB of memory are too few, 96 MiB are the least: {hint}", memory >> 20);
+        bail!(
+            "{} MiB of memory are too few, 96 MiB are the least: raise the memory limit of the \
+             control group to 128 MiB, or force it with --memory",
+            memory >> 20
+        );
     }
     Ok(Resources::new(memory, crate::cgroup::cpus()))
 }

@@ -8,6 +8,8 @@ use chunkstore::id::SnapshotId;
 use chunkstore::record::Snapshot;
 use chunkstore::repository::Repository;
 use serde::Serialize;
+
+use super::output::Output;
 use std::collections::BTreeMap;
 
 /// A snapshot as JSON shows it.
@@ -54,9 +56,15 @@ pub(super) fn find(
     repository: &Repository,
     name: &str,
     lineage: Option<&str>,
+    output: &Output,
 ) -> Result<(SnapshotId, Snapshot)> {
     let list = repository.list_snapshots()?;
     let damaged = list.damaged.len();
+    if name == "latest" && damaged > 0 {
+        // One of them may be the one that is meant.
+        output
+            .note(format_args!("warning: {damaged} snapshots cannot be read: run 'ebackup check'"));
+    }
     let mut matching: Vec<_> = list
         .snapshots
         .into_iter()
@@ -88,6 +96,28 @@ pub(super) fn find(
             }
         }
     }
+}
+
+/// The snapshot to forget called `name`, and a description of it. Also one that cannot be read, so
+/// that it does not stand in the way of `prune` for ever; that one must be named in full.
+///
+/// # Errors
+/// As [`find`].
+pub(super) fn find_to_forget(
+    repository: &Repository,
+    name: &str,
+    lineage: Option<&str>,
+    output: &Output,
+) -> Result<(SnapshotId, String)> {
+    if let Ok(id) = name.parse::<SnapshotId>() {
+        let object = chunkstore::record::snapshot_name(id);
+        let list = repository.list_snapshots()?;
+        if list.damaged.iter().any(|(damaged, _)| *damaged == object) {
+            return Ok((id, "(it cannot be read)".to_owned()));
+        }
+    }
+    let (id, found) = find(repository, name, lineage, output)?;
+    Ok((id, format!("{} {}", found.started, found.lineage)))
 }
 
 /// The key in a tree of a path that the user wrote: slashes at either end and `.` do not matter.

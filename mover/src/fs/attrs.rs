@@ -75,9 +75,21 @@ pub enum Attr {
     Times,
 }
 
+impl std::fmt::Display for Attr {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Entry => f.write_str("metadata"),
+            Self::Owner => f.write_str("owner"),
+            Self::Mode => f.write_str("mode"),
+            Self::Xattr(name) => write!(f, "extended attribute {}", name.escape_ascii()),
+            Self::Times => f.write_str("modification time"),
+        }
+    }
+}
+
 /// A piece of metadata that could not be applied.
 #[derive(Debug, thiserror::Error)]
-#[error("{what:?}: {error}")]
+#[error("{what}: {error}")]
 pub struct AttrFailure {
     /// What could not be applied.
     pub what: Attr,
@@ -401,7 +413,7 @@ mod tests {
         std::os::unix::fs::symlink("victim", temp.path().join("fifo")).unwrap();
         let before = dir.lstat(b"victim").unwrap();
         let failures = apply(Target::Name(&dir, b"fifo"), &meta, &[], &owner());
-        assert_eq!(failures[0].to_string(), "Entry: a Symlink took the place of the Fifo");
+        assert_eq!(failures[0].to_string(), "metadata: a Symlink took the place of the Fifo");
         assert_eq!(dir.lstat(b"victim").unwrap(), before);
     }
 }

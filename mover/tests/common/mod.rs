@@ -129,6 +129,7 @@ pub fn request(source: &Path) -> Request<'static> {
         tags: BTreeMap::new(),
         excludes: None,
         exclude_caches: false,
+        skip: None,
         one_file_system: false,
         changed_by: None,
         compression: Level::default(),

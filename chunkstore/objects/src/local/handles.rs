@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Files kept open: a few index objects and the packs a restore is busy with, far below the usual
 /// limit of 1,024 open files per process.
-const HANDLES_MAX: usize = 64;
+const HANDLES_MAX: usize = 256;
 
 /// A bounded set of open files, of which the one unused for longest gives way.
 #[derive(Default)]
