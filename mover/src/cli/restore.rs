@@ -66,7 +66,6 @@ pub(super) fn run(
             threads: resources.workers.max(2),
             window_bytes: resources.window_bytes(),
             scratch: secret::scratch(),
-            ..RestoreOptions::default()
         },
         monitor: &progress,
     });
