@@ -126,6 +126,11 @@ fn read_blobs(
     if size > PACK_BYTES_MAX + PackBuilder::OVERHEAD_BYTES as u64 {
         return Err(Error::corrupt(pack.name(), "it is larger than a pack can be"));
     }
+    if buffers.object.capacity() < size as usize {
+        // Growing would hold the old and the new buffer, of the size of a pack each, at once.
+        buffers.object = Vec::new();
+        buffers.object.reserve_exact(size as usize);
+    }
     buffers.object.resize(size as usize, 0);
     repository.store().read_at(pack.name(), 0, &mut buffers.object)?;
     for (ordinal, entry) in pack.table().iter().enumerate() {
