@@ -71,13 +71,13 @@ mod tests {
     fn the_number_is_bounded_and_the_recently_used_stay() {
         let handles = Handles::default();
         let file = Arc::new(tempfile::tempfile().unwrap());
-        for n in 0..200 {
+        for n in 0..2 * HANDLES_MAX {
             handles.keep(&format!("k{n}"), Arc::clone(&file));
             handles.find("k0").expect("is in use all the time");
         }
         assert_eq!(handles.lock().by_key.len(), HANDLES_MAX);
-        assert!(handles.find("k199").is_some());
-        assert!(handles.find("k100").is_none());
+        assert!(handles.find(&format!("k{}", 2 * HANDLES_MAX - 1)).is_some());
+        assert!(handles.find(&format!("k{}", HANDLES_MAX / 2)).is_none());
         handles.forget("k0");
         assert!(handles.find("k0").is_none());
     }
