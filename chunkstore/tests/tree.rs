@@ -182,10 +182,11 @@ fn edited(entries: &[Entry], edits: Vec<(Vec<u8>, Option<Body>)>) -> Vec<Entry> 
 
 /// Entries without extents that stand alone, which no backup makes.
 fn files(count: std::ops::Range<usize>) -> impl Strategy<Value = Vec<Entry>> {
-    entries(count).prop_map(|mut entries| {
+    let files = entries(count).prop_map(|mut entries| {
         entries.retain(|entry| entry.node().is_some());
         entries
-    })
+    });
+    files.prop_filter("without an entry there is no tree", |entries| !entries.is_empty())
 }
 
 proptest! {
