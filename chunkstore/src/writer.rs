@@ -15,7 +15,7 @@
 //! Ids of blobs that no segment names yet are kept in a map that flushing bounds.
 //!
 //! # Crashes
-//! Nothing refers to a pack before it is durable: index segments are made from [`DurablePack`]s, which
+//! Nothing refers to a pack before it is durable: index segments are made from `DurablePack`s, which
 //! only an acknowledged upload yields, and the snapshot is written last. A session that dies leaves
 //! packs that the next one finds through the flushed segments, or that a garbage collection removes.
 
