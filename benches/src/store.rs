@@ -1,7 +1,7 @@
 //! Stores that leave out what a benchmark is not about.
 
 use std::collections::HashMap;
-use std::io::IoSlice;
+use std::io::{IoSlice, Read};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -51,6 +51,10 @@ impl ObjectStore for Hollow {
             return Ok(Created::New);
         }
         self.inner.create(key, parts)
+    }
+
+    fn create_from(&self, key: &str, body: &mut dyn Read) -> Result<Created> {
+        self.inner.create_from(key, body)
     }
 
     fn replace(&self, key: &str, body: &[u8]) -> Result<()> {

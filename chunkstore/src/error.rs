@@ -112,7 +112,7 @@ impl From<objects::Error> for Error {
             Store::PermissionDenied => ErrorKind::PermissionDenied,
             Store::Full => ErrorKind::Full,
             Store::Invalid => ErrorKind::Invalid,
-            Store::Io => ErrorKind::Store,
+            Store::Expired | Store::Unavailable | Store::Io => ErrorKind::Store,
         };
         Self { kind, message: "the store failed".into(), source: Some(Box::new(error)) }
     }

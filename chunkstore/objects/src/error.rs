@@ -20,6 +20,11 @@ pub enum ErrorKind {
     Full,
     /// The key or an argument is malformed, or the location is no object store.
     Invalid,
+    /// The request took longer to arrive than its date allows: see
+    /// [`ObjectStore::replace_dated`](crate::ObjectStore::replace_dated).
+    Expired,
+    /// The store did not answer or was too busy, however often it was asked.
+    Unavailable,
     /// Anything else, for instance an input/output error of the disk.
     Io,
 }
@@ -79,6 +84,8 @@ impl fmt::Display for Error {
             ErrorKind::PermissionDenied => "permission denied, or the store is read-only",
             ErrorKind::Full => "no space left",
             ErrorKind::Invalid => "invalid",
+            ErrorKind::Expired => "the request arrived too long after it was dated",
+            ErrorKind::Unavailable => "the store does not answer",
             ErrorKind::Io => "input/output error",
         };
         write!(f, "cannot {} '{}': {what}", self.operation, self.key)

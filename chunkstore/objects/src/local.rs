@@ -130,13 +130,19 @@ impl LocalStore {
 impl ObjectStore for LocalStore {
     fn create(&self, key: &str, parts: &[io::IoSlice<'_>]) -> Result<Created> {
         key::validate("create", key)?;
-        self.write("create", key, parts, write::Publish::IfAbsent)
+        self.write("create", key, &mut write::Body::Parts(parts), write::Publish::IfAbsent)
+    }
+
+    fn create_from(&self, key: &str, body: &mut dyn io::Read) -> Result<Created> {
+        key::validate("create", key)?;
+        self.write("create", key, &mut write::Body::Stream(body), write::Publish::IfAbsent)
     }
 
     fn replace(&self, key: &str, body: &[u8]) -> Result<()> {
         key::validate("replace", key)?;
         let parts = [io::IoSlice::new(body)];
-        self.write("replace", key, &parts, write::Publish::Always).map(|_| ())?;
+        self.write("replace", key, &mut write::Body::Parts(&parts), write::Publish::Always)
+            .map(|_| ())?;
         self.handles.forget(key);
         Ok(())
     }

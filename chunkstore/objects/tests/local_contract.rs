@@ -1,7 +1,7 @@
 //! The store of files passes the contract, and keeps to itself what is no object.
 
 use std::fs;
-use std::io::IoSlice;
+use std::io::{IoSlice, Read};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 use std::time::{Duration, SystemTime};
 
@@ -15,6 +15,10 @@ struct Kept(LocalStore, #[expect(dead_code, reason = "only dropped")] tempfile::
 impl ObjectStore for Kept {
     fn create(&self, key: &str, parts: &[IoSlice<'_>]) -> Result<Created> {
         self.0.create(key, parts)
+    }
+
+    fn create_from(&self, key: &str, body: &mut dyn Read) -> Result<Created> {
+        self.0.create_from(key, body)
     }
 
     fn replace(&self, key: &str, body: &[u8]) -> Result<()> {

@@ -1,7 +1,7 @@
 //! Writing objects whole or not at all: a temporary file, synced, then given its name.
 
 use std::fs::File;
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, Read};
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, RenameFlags};
@@ -24,6 +24,12 @@ const RESERVED_MIN: u64 = 1 << 20;
 pub(super) enum Publish {
     IfAbsent,
     Always,
+}
+
+/// What an object is made of.
+pub(super) enum Body<'a> {
+    Parts(&'a [IoSlice<'a>]),
+    Stream(&'a mut dyn Read),
 }
 
 /// Why a write ended early.
@@ -60,22 +66,22 @@ pub(super) fn error(operation: &'static str, key: &str, err: Errno) -> Error {
 }
 
 impl LocalStore {
-    /// Writes `parts` as the object `key`.
+    /// Writes `body` as the object `key`.
     pub(super) fn write(
         &self,
         operation: &'static str,
         key: &str,
-        parts: &[IoSlice<'_>],
+        body: &mut Body<'_>,
         publish: Publish,
     ) -> Result<Created> {
-        self.try_write(operation, key, parts, publish).map_err(|halt| halt.error)
+        self.try_write(operation, key, body, publish).map_err(|halt| halt.error)
     }
 
     fn try_write(
         &self,
         operation: &'static str,
         key: &str,
-        parts: &[IoSlice<'_>],
+        body: &mut Body<'_>,
         publish: Publish,
     ) -> Halted<Created> {
         let (path, name) = folder::split(key);
@@ -84,7 +90,7 @@ impl LocalStore {
         let created = if publish == Publish::IfAbsent && job.exists()? {
             Created::AlreadyExists
         } else {
-            self.write_and_publish(&job, parts, publish)?
+            self.write_and_publish(&job, body, publish)?
         };
         // Also when the object was there: whoever created it may have died before this.
         self.sync_folder(operation, key, &folder)?;
@@ -94,12 +100,12 @@ impl LocalStore {
     fn write_and_publish(
         &self,
         job: &Job<'_>,
-        parts: &[IoSlice<'_>],
+        body: &mut Body<'_>,
         publish: Publish,
     ) -> Halted<Created> {
         self.before(Step::CreateTemporary, job.operation, job.key)?;
         let (temporary, file) = job.create_temporary()?;
-        let outcome = self.fill(job, &file, parts).and_then(|()| {
+        let outcome = self.fill(job, &file, body).and_then(|()| {
             self.before(Step::Publish, job.operation, job.key)?;
             Ok(job.publish(&temporary, publish)?)
         });
@@ -114,11 +120,18 @@ impl LocalStore {
         outcome
     }
 
-    fn fill(&self, job: &Job<'_>, mut file: &File, parts: &[IoSlice<'_>]) -> Halted<()> {
+    fn fill(&self, job: &Job<'_>, mut file: &File, body: &mut Body<'_>) -> Halted<()> {
         let fail = |err| Error::from_io(job.operation, job.key, err);
         self.before(Step::Write, job.operation, job.key)?;
-        reserve(file, parts);
-        write_all(&mut file, parts).map_err(fail)?;
+        match body {
+            Body::Parts(parts) => {
+                reserve(file, parts);
+                write_all(&mut file, parts).map_err(fail)?;
+            }
+            Body::Stream(stream) => {
+                io::copy(stream, &mut file).map_err(fail)?;
+            }
+        }
         self.before(Step::Sync, job.operation, job.key)?;
         // Not only the data: the time of the object must survive too, and costs nothing more here.
         Ok(file.sync_all().map_err(fail)?)

@@ -1,6 +1,6 @@
 //! A store whose calls fail when the test says so, before or after taking effect.
 
-use std::io::IoSlice;
+use std::io::{IoSlice, Read};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
@@ -63,6 +63,10 @@ impl<S: ObjectStore, F: Fn(Op, &str, u64) -> Fault + Send + Sync> ObjectStore
 {
     fn create(&self, key: &str, parts: &[IoSlice<'_>]) -> Result<Created> {
         self.call(Op::Create, key, || self.inner.create(key, parts))
+    }
+
+    fn create_from(&self, key: &str, body: &mut dyn Read) -> Result<Created> {
+        self.call(Op::Create, key, || self.inner.create_from(key, body))
     }
 
     fn replace(&self, key: &str, body: &[u8]) -> Result<()> {

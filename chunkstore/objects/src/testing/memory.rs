@@ -1,13 +1,13 @@
 //! A store in memory, as faithful as the contract, with a clock that tests set.
 
 use std::collections::BTreeMap;
-use std::io::IoSlice;
+use std::io::{IoSlice, Read};
 use std::ops::Bound;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::key;
-use crate::{Created, Error, ErrorKind, ObjectMeta, ObjectStore, Result};
+use crate::{Created, DATE_TOLERANCE, Error, ErrorKind, ObjectMeta, ObjectStore, Result};
 
 /// A store in memory.
 ///
@@ -102,6 +102,12 @@ impl State {
         }
     }
 
+    /// Refuses a request that comes too long before or after its date.
+    fn check_date(&self, op: &'static str, key: &str, date: SystemTime) -> Result<()> {
+        let apart = self.now.duration_since(date).unwrap_or_else(|early| early.duration());
+        if apart <= DATE_TOLERANCE { Ok(()) } else { Err(Error::new(ErrorKind::Expired, op, key)) }
+    }
+
     fn put(&mut self, key: &str, body: Vec<u8>) {
         let object = Object { body: body.into(), modified: self.now };
         self.objects.insert(key.to_owned(), object);
@@ -129,6 +135,31 @@ impl ObjectStore for MemoryStore {
         Ok(())
     }
 
+    fn create_from(&self, key: &str, body: &mut dyn Read) -> Result<Created> {
+        let mut bytes = Vec::new();
+        let read = body.read_to_end(&mut bytes);
+        read.map_err(|err| Error::from_io("create", key, err))?;
+        self.create(key, &[IoSlice::new(&bytes)])
+    }
+
+    fn replace_dated(&self, key: &str, body: &[u8], date: SystemTime) -> Result<()> {
+        self.state().check_date("replace", key, date)?;
+        self.replace(key, body)
+    }
+
+    fn delete_dated(&self, keys: &[String], date: SystemTime) -> Result<()> {
+        for key in keys {
+            self.state().check_date("delete", key, date)?;
+            self.delete(key)?;
+        }
+        Ok(())
+    }
+
+    /// The store's own.
+    fn clock(&self) -> SystemTime {
+        self.state().now
+    }
+
     fn read(&self, key: &str, limit: u64) -> Result<Vec<u8>> {
         let object = self.body("read", key)?;
         if object.body.len() as u64 > limit {
@@ -149,6 +180,12 @@ impl ObjectStore for MemoryStore {
         };
         buf.copy_from_slice(bytes);
         Ok(())
+    }
+
+    fn read_tail(&self, key: &str, limit: usize) -> Result<(u64, Vec<u8>)> {
+        let object = self.body("read", key)?;
+        let from = object.body.len().saturating_sub(limit);
+        Ok((object.body.len() as u64, object.body[from..].to_vec()))
     }
 
     fn stat(&self, key: &str) -> Result<ObjectMeta> {

@@ -1,12 +1,12 @@
 //! A store that counts the calls and bytes that go through it.
 
 use std::collections::BTreeMap;
-use std::io::IoSlice;
+use std::io::{IoSlice, Read};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use super::{Op, len};
-use crate::{Created, ObjectMeta, ObjectStore, Result};
+use crate::{Created, ObjectMeta, ObjectStore, ReadCost, Result, Traffic};
 
 /// What was done by one kind of call.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -85,6 +85,43 @@ impl<S: ObjectStore> ObjectStore for RecordingStore<S> {
         self.inner.replace(key, body)
     }
 
+    fn create_from(&self, key: &str, body: &mut dyn Read) -> Result<Created> {
+        self.count(Op::Create, 1, 0);
+        let mut counting = Counting { inner: body, bytes: 0 };
+        let created = self.inner.create_from(key, &mut counting);
+        self.count(Op::Create, 0, counting.bytes);
+        created
+    }
+
+    fn replace_dated(&self, key: &str, body: &[u8], date: SystemTime) -> Result<()> {
+        self.count(Op::Replace, 1, body.len() as u64);
+        self.inner.replace_dated(key, body, date)
+    }
+
+    fn delete_dated(&self, keys: &[String], date: SystemTime) -> Result<()> {
+        self.count(Op::Delete, keys.len() as u64, 0);
+        self.inner.delete_dated(keys, date)
+    }
+
+    fn clock(&self) -> SystemTime {
+        self.inner.clock()
+    }
+
+    fn read_tail(&self, key: &str, limit: usize) -> Result<(u64, Vec<u8>)> {
+        self.count(Op::ReadAt, 1, 0);
+        let (size, tail) = self.inner.read_tail(key, limit)?;
+        self.count(Op::ReadAt, 0, tail.len() as u64);
+        Ok((size, tail))
+    }
+
+    fn read_cost(&self) -> ReadCost {
+        self.inner.read_cost()
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        self.inner.traffic()
+    }
+
     fn read(&self, key: &str, limit: u64) -> Result<Vec<u8>> {
         self.count(Op::Read, 1, 0);
         let body = self.inner.read(key, limit)?;
@@ -120,6 +157,20 @@ impl<S: ObjectStore> ObjectStore for RecordingStore<S> {
 
     fn location(&self) -> String {
         self.inner.location()
+    }
+}
+
+/// Counts what is read through it.
+struct Counting<'a> {
+    inner: &'a mut dyn Read,
+    bytes: u64,
+}
+
+impl Read for Counting<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        let len = self.inner.read(buf)?;
+        self.bytes += len as u64;
+        Ok(len)
     }
 }
 
