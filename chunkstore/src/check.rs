@@ -23,6 +23,7 @@ mod repair;
 mod trees;
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 pub use finding::{Affected, CheckSummary, Finding, FindingKind, Severity};
 pub use repair::{RepairSummary, repair_index};
@@ -33,6 +34,7 @@ use crate::index::list_segments;
 use crate::key_slot::Unlock;
 use crate::pack::{Location, PackClass};
 use crate::record::Snapshot;
+use crate::relocation::Relocations;
 use crate::repository::Repository;
 use crate::tree::{Liveness, NodeRef};
 use packs::{Checked, Job, Trace, check_all};
@@ -85,13 +87,15 @@ pub fn check(
     progress("reading snapshots and other records");
     // What refers comes before what is referred to.
     let snapshots = repository.list_snapshots()?;
+    let relocations = repository.reload_relocations()?;
     let segments = list_segments(repository.store())?;
     let objects = records::list(repository)?;
     records::check(repository, options, &objects, &snapshots, &mut |finding| {
         count(finding, &mut summary);
     });
     progress("reading packs");
-    let mut damage = Damage::default();
+    let present = objects.packs.iter().map(|(_, id, _)| *id).collect();
+    let mut damage = Damage { relocations, present, ..Damage::default() };
     let jobs = choose(&objects.packs, options.read_data);
     let mut data = HashMap::new();
     check_all(repository, &jobs, options.threads, &mut |checked| {
@@ -191,6 +195,9 @@ fn note_pack(
 /// What is damaged, and the findings about it, which are reported once it is known what they hit.
 #[derive(Default)]
 struct Damage {
+    relocations: Arc<Relocations>,
+    /// Packs that were listed.
+    present: HashSet<PackId>,
     findings: Vec<Finding>,
     packs: HashMap<PackId, usize>,
     blobs: HashMap<PackId, HashMap<u8, usize>>,
@@ -220,20 +227,44 @@ impl Damage {
         }
     }
 
+    /// Where the blob is that a reference says lies at `place`.
+    fn now(&self, place: Location) -> Location {
+        if !self.relocations.contains(place.pack) {
+            return place;
+        }
+        let places = self.relocations.places(place);
+        places.into_iter().find(|place| self.present.contains(&place.pack)).unwrap_or(place)
+    }
+
+    /// The packs in which the blobs of a list are.
+    fn packs_now(&self, uses: &Liveness) -> HashSet<PackId> {
+        let mut packs = HashSet::new();
+        for (pack, blobs) in &uses.0 {
+            if self.relocations.contains(*pack) {
+                let used = (0..128).filter(|ordinal| blobs >> ordinal & 1 == 1);
+                packs.extend(used.map(|ordinal| self.now(Location { pack: *pack, ordinal }).pack));
+            } else {
+                packs.insert(*pack);
+            }
+        }
+        packs
+    }
+
     /// The finding about the blob at a place.
-    fn of_blob(&self, location: &Location) -> Option<usize> {
-        let Location { pack, ordinal } = location;
+    fn of_blob(&self, place: Location) -> Option<usize> {
+        let Location { pack, ordinal } = &self.now(place);
         let whole = self.packs.get(pack);
         whole.or_else(|| self.blobs.get(pack)?.get(ordinal)).copied()
     }
 
     fn of_node(&self, node: &NodeRef) -> Option<usize> {
         let own = node.id.0.first_chunk().and_then(|key| self.nodes.get(key)).copied();
-        own.or_else(|| self.of_blob(&node.location()))
+        own.or_else(|| self.of_blob(node.location()))
     }
 
     /// Whether any pack of the list has damage.
     fn touches(&self, uses: &Liveness) -> bool {
-        uses.0.keys().any(|pack| self.packs.contains_key(pack) || self.blobs.contains_key(pack))
+        let mut packs = self.packs_now(uses).into_iter();
+        packs.any(|pack| self.packs.contains_key(&pack) || self.blobs.contains_key(&pack))
     }
 }

@@ -6,18 +6,20 @@
 //! larger) and one plaintext.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::codec::compress::Decompressor;
-use crate::error::{Error, Result};
-use crate::pack::{Pack, PackClass};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pack::{Location, Pack, PackClass};
+use crate::relocation::Relocations;
 use crate::repository::Repository;
 use crate::tree::BlobRef;
 
 /// Bytes read at once, unless one blob is larger.
 pub const READ_BYTES: usize = 4 << 20;
 
-/// Unwanted bytes between two wanted blobs that are read rather than skipped.
-const GAP_BYTES: u32 = 256 << 10;
+/// How often a blob that is missing is looked for again at places it was relocated to meanwhile.
+const RELOCATIONS_FOLLOWED: u32 = 3;
 
 /// Wishes handled by one thread at a time: some 16 MiB, so that small restores are spread as well.
 const BLOBS_PER_TASK: usize = 16;
@@ -35,47 +37,103 @@ pub struct Want {
     pub purpose: u32,
 }
 
+/// A wish, and where its blob is now.
+#[derive(Debug, Clone, Copy)]
+struct Placed {
+    at: Location,
+    want: Want,
+}
+
 /// Fetches every blob of `wants`, and calls `deliver` for each with its plaintext, or with the error
 /// that prevents it, and all wishes for it. `deliver` is called from `threads` threads; after it has
 /// answered `false` once, the rest is left out.
-pub fn fetch(repository: &Repository, mut wants: Vec<Want>, threads: usize, deliver: &Deliver<'_>) {
-    wants.sort_unstable_by_key(|want| want.blob.location);
-    let tasks = divide(&wants);
-    let next = AtomicUsize::new(0);
-    let stop = AtomicBool::new(false);
-    let work = || {
-        let mut reader = Reader::default();
-        while !stop.load(Ordering::Relaxed) {
-            let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) else {
-                return;
-            };
-            if !reader.run(repository, task, deliver) {
-                stop.store(true, Ordering::Relaxed);
-            }
-        }
-    };
-    let threads = threads.clamp(1, tasks.len().max(1));
-    if threads == 1 {
-        return work();
-    }
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(work);
-        }
-    });
+pub fn fetch(repository: &Repository, wants: Vec<Want>, threads: usize, deliver: &Deliver<'_>) {
+    let relocations = repository.relocations();
+    let placed = wants
+        .into_iter()
+        .map(|want| Placed { at: relocations.newest(want.blob.location), want })
+        .collect::<Vec<_>>();
+    let mut fetch = Fetch { repository, relocations, deliver };
+    let _stopped = fetch.run(placed, threads, RELOCATIONS_FOLLOWED);
 }
 
+/// Fetching with one state of the relocations.
+struct Fetch<'a> {
+    repository: &'a Repository,
+    relocations: Arc<Relocations>,
+    deliver: &'a Deliver<'a>,
+}
+
+impl Fetch<'_> {
+    /// Fetches all, and what is missing once more where it was relocated to since. Answers whether to
+    /// go on.
+    fn run(&mut self, mut placed: Vec<Placed>, threads: usize, retries: u32) -> bool {
+        placed.sort_unstable_by_key(|placed| placed.at);
+        let missing = Mutex::new(Vec::new());
+        if !self.run_once(&placed, threads, &missing) {
+            return false;
+        }
+        let missing = missing.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if missing.is_empty() {
+            return true;
+        }
+        // When they cannot be read now, the blobs are as good as missing.
+        let new = self.repository.reload_relocations().unwrap_or_else(|_| self.relocations.clone());
+        let known = std::mem::replace(&mut self.relocations, new);
+        if retries == 0 || Arc::ptr_eq(&known, &self.relocations) {
+            return fail_all(&missing, self.deliver);
+        }
+        let again = missing.into_iter().map(|(Placed { want, .. }, _)| {
+            let at = self.relocations.newest(want.blob.location);
+            Placed { at, want }
+        });
+        let again = again.collect();
+        self.run(again, threads, retries - 1)
+    }
+
+    fn run_once(&self, placed: &[Placed], threads: usize, missing: &Missing) -> bool {
+        let tasks = divide(placed);
+        let next = AtomicUsize::new(0);
+        let stop = AtomicBool::new(false);
+        let work = || {
+            let mut reader = Reader::default();
+            while !stop.load(Ordering::Relaxed) {
+                let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) else {
+                    return;
+                };
+                if !reader.run(self.repository, task, self.deliver, missing) {
+                    stop.store(true, Ordering::Relaxed);
+                }
+            }
+        };
+        let threads = threads.clamp(1, tasks.len().max(1));
+        if threads == 1 {
+            work();
+        } else {
+            std::thread::scope(|scope| {
+                for _ in 0..threads {
+                    scope.spawn(work);
+                }
+            });
+        }
+        !stop.into_inner()
+    }
+}
+
+/// Wishes whose pack is gone, and the error that says so.
+type Missing = Mutex<Vec<(Placed, Error)>>;
+
 /// Divides sorted wishes into tasks of one pack and a few blobs each.
-fn divide(wants: &[Want]) -> Vec<&[Want]> {
-    wants
-        .chunk_by(|a, b| a.blob.location.pack == b.blob.location.pack)
+fn divide(placed: &[Placed]) -> Vec<&[Placed]> {
+    placed
+        .chunk_by(|a, b| a.at.pack == b.at.pack)
         .flat_map(|pack| {
             let mut tasks = Vec::new();
             let mut rest = pack;
             while !rest.is_empty() {
                 let mut blobs = 0;
-                let end = rest.iter().enumerate().position(|(at, want)| {
-                    let new = at == 0 || rest[at - 1].blob.location != want.blob.location;
+                let end = rest.iter().enumerate().position(|(at, placed)| {
+                    let new = at == 0 || rest[at - 1].at != placed.at;
                     blobs += usize::from(new);
                     blobs > BLOBS_PER_TASK
                 });
@@ -93,22 +151,29 @@ struct Reader {
     sealed: Vec<u8>,
     plain: Vec<u8>,
     decompressor: Decompressor,
+    wants: Vec<Want>,
 }
 
 impl Reader {
-    fn run(&mut self, repository: &Repository, task: &[Want], deliver: &Deliver<'_>) -> bool {
+    fn run(
+        &mut self,
+        repository: &Repository,
+        task: &[Placed],
+        deliver: &Deliver<'_>,
+        missing: &Missing,
+    ) -> bool {
         let (store, keys) = (repository.store(), repository.keys());
-        let id = task[0].blob.location.pack;
-        let pack = match repository.packs(PackClass::Data).get(store, keys, id) {
+        let pack = match repository.packs(PackClass::Data).get(store, keys, task[0].at.pack) {
             Ok(pack) => pack,
-            Err(error) => return fail_all(&error, task, deliver),
+            Err(error) => return fail(&error, task, deliver, missing),
         };
-        let blobs: Vec<_> = task.chunk_by(|a, b| a.blob.location == b.blob.location).collect();
+        let blobs: Vec<_> = task.chunk_by(|a, b| a.at == b.at).collect();
+        let cost = store.read_cost();
         let mut rest = &blobs[..];
         while !rest.is_empty() {
-            let len = run_length(&pack, rest);
+            let len = run_length(&pack, rest, cost.gap_bytes);
             let (run, more) = rest.split_at(len);
-            if !self.read_run(repository, &pack, run, deliver) {
+            if !self.read_run(repository, &pack, run, deliver, missing) {
                 return false;
             }
             rest = more;
@@ -121,58 +186,72 @@ impl Reader {
         &mut self,
         repository: &Repository,
         pack: &Pack,
-        run: &[&[Want]],
+        run: &[&[Placed]],
         deliver: &Deliver<'_>,
+        missing: &Missing,
     ) -> bool {
-        let place = |wants: &[Want]| {
-            let blob = &wants[0].blob;
-            pack.entry(blob.location.ordinal, &blob.id)
-        };
+        let place = |placed: &[Placed]| pack.entry(placed[0].at.ordinal, &placed[0].want.blob.id);
         let (first, last) = match (place(run[0]), place(run[run.len() - 1])) {
             (Ok(first), Ok(last)) => (first, last),
             // Only a run of one can be missing from the table: see `run_length`.
-            (Err(error), _) | (_, Err(error)) => return fail_all(&error, &run.concat(), deliver),
+            (Err(error), _) | (_, Err(error)) => {
+                return fail(&error, &run.concat(), deliver, missing);
+            }
         };
         let from = first.offset;
         self.sealed.resize((last.offset + last.stored_len - from) as usize, 0);
         if let Err(error) =
             repository.store().read_at(pack.name(), u64::from(from), &mut self.sealed)
         {
-            return fail_all(&error.into(), &run.concat(), deliver);
+            return fail(&error.into(), &run.concat(), deliver, missing);
         }
-        run.iter().all(|wants| {
-            let ordinal = wants[0].blob.location.ordinal;
-            let decoded = place(wants).and_then(|entry| {
+        run.iter().all(|placed| {
+            let ordinal = placed[0].at.ordinal;
+            let decoded = place(placed).and_then(|entry| {
                 let at = (entry.offset - from) as usize;
                 let sealed = &mut self.sealed[at..at + entry.stored_len as usize];
                 let keys = repository.keys();
                 pack.decode(keys, ordinal, sealed, &mut self.decompressor, &mut self.plain)
             });
-            deliver(decoded.map(|()| &self.plain[..]), wants)
+            self.wants.clear();
+            self.wants.extend(placed.iter().map(|placed| placed.want));
+            deliver(decoded.map(|()| &self.plain[..]), &self.wants)
         })
     }
 }
 
 /// How many of the first of `blobs` are close enough together to be read at once.
-fn run_length(pack: &Pack, blobs: &[&[Want]]) -> usize {
-    let place = |wants: &[Want]| pack.entry(wants[0].blob.location.ordinal, &wants[0].blob.id).ok();
+fn run_length(pack: &Pack, blobs: &[&[Placed]], gap_bytes: u32) -> usize {
+    let place = |placed: &[Placed]| pack.entry(placed[0].at.ordinal, &placed[0].want.blob.id).ok();
     let Some(first) = place(blobs[0]) else {
         return 1;
     };
     let mut end = first.offset + first.stored_len;
-    let follows = |wants: &&&[Want]| {
-        let Some(next) = place(wants) else {
+    let follows = |placed: &&&[Placed]| {
+        let Some(next) = place(placed) else {
             return false;
         };
-        let near = next.offset - end <= GAP_BYTES;
+        let near = next.offset - end <= gap_bytes;
         end = next.offset + next.stored_len;
         near && (end - first.offset) as usize <= READ_BYTES
     };
     1 + blobs[1..].iter().take_while(follows).count()
 }
 
-fn fail_all(error: &Error, wants: &[Want], deliver: &Deliver<'_>) -> bool {
-    wants
-        .chunk_by(|a, b| a.blob.location == b.blob.location)
-        .all(|wants| deliver(Err(error.duplicate()), wants))
+/// Delivers an error for all wishes, unless they may be found elsewhere.
+fn fail(error: &Error, placed: &[Placed], deliver: &Deliver<'_>, missing: &Missing) -> bool {
+    let failed: Vec<_> = placed.iter().map(|placed| (*placed, error.duplicate())).collect();
+    if error.kind() == ErrorKind::NotFound {
+        missing.lock().unwrap_or_else(PoisonError::into_inner).extend(failed);
+        return true;
+    }
+    fail_all(&failed, deliver)
+}
+
+/// Delivers the errors, one for each blob.
+fn fail_all(failed: &[(Placed, Error)], deliver: &Deliver<'_>) -> bool {
+    failed.chunk_by(|(a, _), (b, _)| a.at == b.at).all(|failed| {
+        let wants: Vec<Want> = failed.iter().map(|(placed, _)| placed.want).collect();
+        failed.first().is_none_or(|(_, error)| deliver(Err(error.duplicate()), &wants))
+    })
 }

@@ -54,6 +54,7 @@
 mod facts;
 mod mark;
 mod plan;
+mod repack;
 mod segments;
 mod stats;
 
@@ -65,6 +66,7 @@ use objects::Created;
 use serde::Serialize;
 
 pub use plan::{ClassPlan, PrunePlan, SessionFact};
+pub use repack::{RepackReport, RepackSettings};
 pub use stats::{ClassStats, Stats, stats};
 
 use crate::codec::seal::ObjectKind;
@@ -72,18 +74,19 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::{GenerationId, PackId, SnapshotId};
 use crate::pack::PackClass;
 use crate::record::{self, Session, Tombstones, Verdict, Waits};
-use crate::repository::Repository;
+use crate::relocation;
+use crate::repository::{Register, Repository};
+use crate::session::{Announced, FENCE_WAIT};
 use mark::Mark;
 use plan::{Facts, PackFact};
 
 pub(crate) use segments::is_quiet;
 
-/// Purpose of the session that a garbage collection announces: it refers to no pack, so nobody waits
-/// for it.
-pub const PURPOSE: &str = "prune";
-
 /// Age at which marks on forgotten snapshots and fenced sessions are removed.
 const MARKS_KEPT: Duration = Duration::from_secs(30 * 86_400);
+
+/// Objects deleted in one request.
+const DELETE_BATCH: usize = 1000;
 
 /// Age at which writes that never ended are removed.
 const UNFINISHED_KEPT: Duration = Duration::from_secs(86_400);
@@ -98,11 +101,14 @@ pub struct PruneSettings {
     pub dry_run: bool,
     /// Machine and process, for people.
     pub writer: String,
+    /// Whether, and how much, packs that are only partly used are repacked before.
+    pub repack: Option<RepackSettings>,
 }
 
 impl Default for PruneSettings {
     fn default() -> Self {
-        Self { grace: Duration::from_secs(1800), dry_run: false, writer: String::new() }
+        let grace = Duration::from_secs(1800);
+        Self { grace, dry_run: false, writer: String::new(), repack: None }
     }
 }
 
@@ -124,6 +130,8 @@ pub struct Waiting {
 pub struct PruneReport {
     /// What was planned.
     pub plan: PrunePlan,
+    /// What was repacked, if it was asked for.
+    pub repacked: Option<RepackReport>,
     /// Whether that was all.
     pub dry_run: bool,
     /// Packs deleted.
@@ -157,25 +165,32 @@ pub fn prune(
     now: jiff::Timestamp,
     progress: &dyn Fn(&str),
 ) -> Result<PruneReport> {
+    let announcement = |purpose: &str| Session {
+        purpose: purpose.to_owned(),
+        writer: settings.writer.clone(),
+        started: now,
+        heartbeat: 0,
+    };
+    let mut mark = Mark::default();
+    let repacked = settings.repack.map(|repack| {
+        let session = announcement(record::REPACK);
+        repack::repack(repository, &repack, session, settings.dry_run, &mut mark, progress)
+    });
+    let repacked = repacked.transpose()?;
     if settings.dry_run {
         let store_now = SystemTime::try_from(now).unwrap_or(SystemTime::UNIX_EPOCH);
-        return Run { repository, settings, now, store_now, progress }
-            .plan()
-            .map(|begun| begun.report);
+        let run = Run { repository, settings, now, store_now, progress, session: None };
+        let begun = run.plan(mark)?;
+        return Ok(PruneReport { repacked, ..begun.report });
     }
-    let id = SnapshotId::random();
-    let name = record::session_name(id);
-    let store = repository.store();
-    let (purpose, writer) = (PURPOSE.to_owned(), settings.writer.clone());
-    let session = Session { purpose, writer, started: now, heartbeat: 0 };
-    let object = record::seal_json(repository.keys(), ObjectKind::Session, &name, &session);
-    store.replace(&name, &object)?;
+    let session = Announced::begin(repository, announcement(record::PRUNE))?;
     // What the store says about an object written just now is its time.
-    let result = store.stat(&name).map_err(Error::from).and_then(|meta| {
-        Run { repository, settings, now, store_now: meta.modified, progress }.run()
-    });
-    // If that fails, the next run finds it silent and removes it.
-    let _left_behind = store.delete(&name);
+    let store_now = session.renewed();
+    let session = Some(&session);
+    let run = Run { repository, settings, now, store_now, progress, session };
+    let result = run.run(mark).map(|report| PruneReport { repacked, ..report });
+    // If that fails, a later run finds it silent and removes it.
+    session.inspect(|session| session.end(repository));
     result
 }
 
@@ -185,6 +200,8 @@ struct Run<'a> {
     now: jiff::Timestamp,
     store_now: SystemTime,
     progress: &'a dyn Fn(&str),
+    /// None in a dry run.
+    session: Option<&'a Announced>,
 }
 
 /// A run whose plan is made.
@@ -203,7 +220,7 @@ struct Ready {
 }
 
 impl Run<'_> {
-    fn plan(&self) -> Result<Begun> {
+    fn plan(&self, mut mark: Mark) -> Result<Begun> {
         let Self { repository, settings, .. } = *self;
         (self.progress)("looking for packs");
         // The order spares work, it is not needed for safety: a session that ends before the mark
@@ -211,9 +228,8 @@ impl Run<'_> {
         let found = facts::generations(repository)?;
         let packs = facts::packs(repository, self.store_now)?;
         let mut sessions = facts::sessions(repository, self.store_now)?;
-        sessions.retain(|session| session.purpose != PURPOSE);
+        sessions.retain(|session| session.purpose != record::PRUNE);
         (self.progress)("marking what snapshots use");
-        let mut mark = Mark::default();
         mark.refresh(repository)?;
         let plan = plan::plan(
             Facts {
@@ -221,6 +237,7 @@ impl Run<'_> {
                 used: &|class, pack| mark.used(class, pack),
                 sessions,
                 generations: &found.begun,
+                unreferred: &mark.unreferred(),
                 snapshots: mark.snapshots.len(),
                 forgotten: mark.forgotten.len(),
             },
@@ -229,6 +246,7 @@ impl Run<'_> {
         );
         let report = PruneReport {
             plan,
+            repacked: None,
             dry_run: settings.dry_run,
             packs_deleted: 0,
             bytes_deleted: 0,
@@ -245,11 +263,9 @@ impl Run<'_> {
         Ok(Begun { mark, packs, generations, orphans: found.orphans, report })
     }
 
-    fn run(&self) -> Result<PruneReport> {
-        let mut begun = self.plan()?;
-        for name in &begun.orphans {
-            self.repository.store().delete(name)?;
-        }
+    fn run(&self, mark: Mark) -> Result<PruneReport> {
+        let mut begun = self.plan(mark)?;
+        self.delete(&std::mem::take(&mut begun.orphans))?;
         self.publish(&mut begun)?;
         let undecided = self.wait(&mut begun)?;
         let ready = self.decide(&mut begun, &undecided)?;
@@ -259,12 +275,50 @@ impl Run<'_> {
         Ok(begun.report)
     }
 
+    /// Makes sure that it is this run's turn to delete, and returns the date for its requests. With
+    /// create-if-absent it always is; see the module.
+    fn turn(&self) -> Result<SystemTime> {
+        let date = self.repository.store().clock();
+        let Some(session) = self.session else {
+            return Err(Error::invalid("a dry run deletes nothing"));
+        };
+        if self.repository.register() == Register::CreateIfAbsent {
+            return Ok(date);
+        }
+        session.renew(self.repository, date)?;
+        let now = session.renewed();
+        for (id, silent) in facts::ages(self.repository, record::SESSIONS, now)? {
+            if id == session.id || silent > FENCE_WAIT {
+                continue;
+            }
+            let other = facts::session(self.repository, id, silent, now)?;
+            if let Some(other) = other.filter(|other| other.purpose == record::PRUNE) {
+                let message = format!(
+                    "there is another {other}; on a store without create-if-absent only one prune can \
+                     work at a time: run again when it has ended, or {} minutes after it has died",
+                    FENCE_WAIT.as_secs() / 60
+                );
+                return Err(Error::new(ErrorKind::Store, message));
+            }
+        }
+        Ok(date)
+    }
+
+    fn delete(&self, names: &[String]) -> Result<()> {
+        for names in names.chunks(DELETE_BATCH) {
+            let date = self.turn()?;
+            self.repository.store().delete_dated(names, date)?;
+        }
+        Ok(())
+    }
+
     /// P2.
     fn publish(&self, begun: &mut Begun) -> Result<()> {
         let tombstones = begun.report.plan.tombstones.clone();
-        if tombstones == Tombstones::default() {
+        if tombstones.is_empty() {
             return Ok(());
         }
+        self.turn()?;
         let id = GenerationId::random();
         let (store, keys) = (self.repository.store(), self.repository.keys());
         match record::create_tombstones(store, keys, id, &tombstones)? {
@@ -282,7 +336,12 @@ impl Run<'_> {
         for id in begun.generations.keys() {
             waits.insert(*id, self.waits(*id)?);
         }
-        let sessions: BTreeSet<_> = waits.values().flatten().copied().collect();
+        let mut sessions: BTreeSet<_> = waits.values().flatten().copied().collect();
+        // Nobody waits for these, but their announcements have to go in time.
+        let over = |session: &&SessionFact| {
+            session.decided || Duration::from_secs(session.silent_secs) > self.settings.grace
+        };
+        sessions.extend(begun.report.plan.sessions.iter().filter(over).map(|session| session.id));
         let mut pending = BTreeMap::new();
         for id in sessions {
             if let Some(session) = self.decide_session(id, &mut begun.report)? {
@@ -312,7 +371,7 @@ impl Run<'_> {
             Err(error) => return Err(error),
         }
         let mut sessions = facts::sessions(self.repository, self.store_now)?;
-        sessions.retain(|session| session.purpose != PURPOSE && !session.decided);
+        sessions.retain(|session| session.purpose != record::PRUNE && !session.decided);
         let waits = Waits { sessions: sessions.iter().map(|session| session.id).collect() };
         match record::create_json(store, keys, ObjectKind::Tombstones, &name, &waits)? {
             Created::New => Ok(waits.sessions),
@@ -333,7 +392,7 @@ impl Run<'_> {
     ) -> Result<Option<SessionFact>> {
         let name = record::session_name(id);
         let store = self.repository.store();
-        if !facts::is_decided(self.repository, id)? {
+        if !facts::is_decided(self.repository, id, self.store_now)? {
             // Looked at again, because it may have given a sign of life since it was listed.
             let meta = match store.stat(&name) {
                 Ok(meta) => meta,
@@ -352,18 +411,44 @@ impl Run<'_> {
             if silent <= self.settings.grace {
                 return Ok(Some(session));
             }
-            let verdict = Verdict::Fenced { at: self.now };
-            let register = record::snapshot_name(id);
-            let keys = self.repository.keys();
-            let created =
-                record::create_json(store, keys, ObjectKind::Snapshot, &register, &verdict)?;
-            if created == Created::New {
-                (self.progress)(&format!("declared dead: {session}"));
-                report.fenced.push(session);
+            if !self.fence(&session, report)? {
+                return Ok(Some(session));
             }
         }
         store.delete(&name)?;
         Ok(None)
+    }
+
+    /// Declares a session dead; answers whether that decides it already.
+    fn fence(&self, session: &SessionFact, report: &mut PruneReport) -> Result<bool> {
+        let (store, keys) = (self.repository.store(), self.repository.keys());
+        let verdict = Verdict::Fenced { at: self.now };
+        let kind = ObjectKind::Snapshot;
+        let mut first = false;
+        match self.repository.register() {
+            Register::TimeFenced => {
+                let name = record::fence_name(session.id);
+                if !facts::exists(self.repository, &name)? {
+                    first =
+                        record::create_json(store, keys, kind, &name, &verdict)? == Created::New;
+                }
+            }
+            Register::CreateIfAbsent => {
+                for register in facts::registers(&session.purpose, session.id) {
+                    let created = if register.starts_with(record::SNAPSHOTS) {
+                        record::create_json(store, keys, kind, &register, &verdict)?
+                    } else {
+                        relocation::Record::Fenced.create(store, keys, session.id)?
+                    };
+                    first |= created == Created::New;
+                }
+            }
+        }
+        if first {
+            (self.progress)(&format!("declared dead: {session}"));
+            report.fenced.push(session.clone());
+        }
+        Ok(self.repository.register() == Register::CreateIfAbsent)
     }
 
     /// P5 and P6 for every generation that nobody holds up.
@@ -411,10 +496,7 @@ impl Run<'_> {
             match doomed {
                 Some(doomed) if is_begun => ready.push(Ready { id, doomed }),
                 // Another prune has finished it; this decision came too late and counts for nothing.
-                _ => {
-                    store.delete(&record::waits_name(id))?;
-                    store.delete(&record::doomed_name(id))?;
-                }
+                _ => self.delete(&[record::waits_name(id), record::doomed_name(id)])?,
             }
         }
         Ok(ready)
@@ -433,34 +515,53 @@ impl Run<'_> {
         report.segments_deleted = rewritten.deleted;
         report.damaged_segments = rewritten.damaged;
         (self.progress)("deleting packs");
-        for Ready { id, doomed } in ready {
+        let time_fenced = self.repository.register() == Register::TimeFenced;
+        let mut retired = BTreeSet::new();
+        'generations: for Ready { id, doomed } in ready {
             let classes = [(PackClass::Data, &doomed.data), (PackClass::Meta, &doomed.meta)];
-            for (class, pack) in
-                classes.iter().flat_map(|(c, packs)| packs.iter().map(|p| (*c, *p)))
-            {
-                let size = size_of(&begun.packs, class, pack);
-                store.delete(&class.object_name(pack))?;
-                begun.report.packs_deleted += u64::from(size.is_some());
-                begun.report.bytes_deleted += size.unwrap_or_default();
+            let packs: Vec<(PackClass, PackId)> = classes
+                .iter()
+                .flat_map(|(class, packs)| packs.iter().map(|pack| (*class, *pack)))
+                .collect();
+            for packs in packs.chunks(DELETE_BATCH) {
+                let names: Vec<String> =
+                    packs.iter().map(|(class, pack)| class.object_name(*pack)).collect();
+                let date = self.turn()?;
+                // Where another prune may have come to another decision, and finished.
+                if time_fenced && !facts::exists(self.repository, &record::tombstones_name(*id))? {
+                    continue 'generations;
+                }
+                store.delete_dated(&names, date)?;
+                for (class, pack) in packs {
+                    let size = size_of(&begun.packs, *class, *pack);
+                    begun.report.packs_deleted += u64::from(size.is_some());
+                    begun.report.bytes_deleted += size.unwrap_or_default();
+                }
             }
-            let count = |packs: &Tombstones| (packs.data.len() + packs.meta.len()) as u64;
-            let all = begun.generations.get(id).map_or(0, count);
-            begun.report.packs_rescued += all.saturating_sub(count(doomed));
-            store.delete(&record::waits_name(*id))?;
-            store.delete(&record::tombstones_name(*id))?;
-            store.delete(&record::doomed_name(*id))?;
+            retired.extend(doomed.retired.iter().copied());
+            let all = begun.generations.get(id).map_or(0, Tombstones::len);
+            begun.report.packs_rescued += all.saturating_sub(doomed.len()) as u64;
+        }
+        let announced = self.repository.list_ids(record::SESSIONS)?;
+        repack::merge_relocations(self.repository, &retired, &announced, &|names| {
+            self.delete(names)
+        })?;
+        for Ready { id, .. } in ready {
+            self.delete(&[record::waits_name(*id), record::tombstones_name(*id)])?;
+            self.delete(&[record::doomed_name(*id)])?;
         }
         Ok(())
     }
 
     /// Forgotten snapshots: nothing counts them any more. Their marks stay.
     fn delete_snapshots(&self, begun: &mut Begun) -> Result<()> {
-        let store = self.repository.store();
-        for id in &begun.mark.forgotten {
-            store.delete(&record::session_name(*id))?;
-            store.delete(&record::snapshot_name(*id))?;
-            begun.report.snapshots_deleted += 1;
-        }
+        let forgotten = &begun.mark.forgotten;
+        let names: Vec<String> = forgotten
+            .iter()
+            .flat_map(|id| [record::session_name(*id), record::snapshot_name(*id)])
+            .collect();
+        self.delete(&names)?;
+        begun.report.snapshots_deleted += forgotten.len();
         Ok(())
     }
 
@@ -470,22 +571,29 @@ impl Run<'_> {
         let store = repository.store();
         let verdicts = facts::ages(repository, record::SNAPSHOTS, store_now)?;
         let announced: BTreeSet<_> = repository.list_ids(record::SESSIONS)?.into_iter().collect();
-        for (id, age) in &verdicts {
-            let is_mark = begun.mark.fenced.contains(id) && !announced.contains(id);
-            if is_mark && *age > MARKS_KEPT {
-                store.delete(&record::snapshot_name(*id))?;
-            }
-        }
+        let mut stale = Vec::new();
+        let mut marks = |ids: Vec<(SnapshotId, Duration)>, name: fn(SnapshotId) -> String| {
+            let old =
+                |(id, age): &(SnapshotId, Duration)| *age > MARKS_KEPT && !announced.contains(id);
+            stale.extend(ids.into_iter().filter(old).map(|(id, _)| name(id)));
+        };
+        let fenced = |(id, _): &&(SnapshotId, Duration)| begun.mark.fenced.contains(id);
+        marks(verdicts.iter().filter(fenced).copied().collect(), record::snapshot_name);
+        let mut repackings = facts::ages(repository, record::RELOCATIONS, store_now)?;
+        repackings.retain(|(id, _)| begun.mark.repackings_fenced().contains(id));
+        marks(repackings, record::relocation_name);
+        marks(facts::ages(repository, record::FENCES, store_now)?, record::fence_name);
         let kept: BTreeSet<_> = verdicts.into_iter().map(|(id, _)| id).collect();
         for (id, age) in facts::ages(repository, record::FORGOTTEN, store_now)? {
             if age > MARKS_KEPT && !kept.contains(&id) {
-                store.delete(&record::forgotten_name(id))?;
+                stale.push(record::forgotten_name(id));
             }
         }
+        self.delete(&stale)?;
         store.remove_unfinished(UNFINISHED_KEPT, store_now)?;
         for session in facts::sessions(repository, store_now)? {
             let silent = Duration::from_secs(session.silent_secs);
-            if session.purpose == PURPOSE && silent > self.settings.grace {
+            if session.purpose == record::PRUNE && silent > self.settings.grace {
                 store.delete(&record::session_name(session.id))?;
             }
         }
@@ -508,12 +616,14 @@ fn size_of(packs: &[PackFact], class: PackClass, id: PackId) -> Option<u64> {
     packs.get(at).map(|pack| pack.size)
 }
 
-/// Those of `packs` of which no blob is used.
+/// Those of `packs` of which no blob is used, and whose relocations nothing refers to.
 fn unused(packs: &Tombstones, mark: &Mark) -> Tombstones {
     let of = |class, packs: &[PackId]| {
         packs.iter().copied().filter(|pack| mark.used(class, *pack) == 0).collect()
     };
-    Tombstones { data: of(PackClass::Data, &packs.data), meta: of(PackClass::Meta, &packs.meta) }
+    let retired = packs.retired.iter().copied().filter(|pack| !mark.is_referred(*pack)).collect();
+    let (data, meta) = (of(PackClass::Data, &packs.data), of(PackClass::Meta, &packs.meta));
+    Tombstones { data, meta, retired }
 }
 
 impl fmt::Display for Waiting {
@@ -528,6 +638,10 @@ impl fmt::Display for Waiting {
 
 impl fmt::Display for PruneReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(repacked) = &self.repacked {
+            writeln!(f, "{repacked}")?;
+            repacked.damaged.iter().try_for_each(|why| writeln!(f, "left as it is: {why}"))?;
+        }
         write!(f, "{}", self.plan)?;
         if self.dry_run {
             return writeln!(f, "nothing was changed: this was a dry run");

@@ -34,8 +34,10 @@ pub mod key_slot;
 pub mod limits;
 pub mod pack;
 pub mod record;
+pub mod relocation;
 pub mod repository;
 pub mod retention;
+pub mod session;
 #[cfg(feature = "testing")]
 pub mod testing;
 pub mod tree;

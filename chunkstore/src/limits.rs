@@ -70,5 +70,8 @@ pub const RECORD_BYTES_MAX: u64 = 1 << 20;
 /// A tombstone list: 16 bytes a pack, 4 million packs (128 TiB).
 pub const TOMBSTONES_BYTES_MAX: u64 = 64 << 20;
 
+/// A relocation object: some 4 bytes a relocated blob, 150 a pack, so 400,000 packs (12 TiB).
+pub const RELOCATIONS_BYTES_MAX: u64 = 64 << 20;
+
 /// Records of one index segment: 33 bytes each, so that building one takes 17 MiB.
 pub const SEGMENT_RECORDS_MAX: usize = 512 << 10;

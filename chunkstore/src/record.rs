@@ -32,6 +32,24 @@ pub const WAITS: &str = "waits/";
 /// Folder of the final decisions which packs of a garbage collection are deleted.
 pub const DOOMED: &str = "doomed/";
 
+/// Folder of the relocations: where repacked blobs lie now.
+pub const RELOCATIONS: &str = "relocations/";
+/// Folder of the marks that a session is being declared dead, where the store has no
+/// create-if-absent.
+pub const FENCES: &str = "fences/";
+
+/// Folder of the objects with which a store is tried out; they are deleted at once.
+pub const PROBES: &str = "probes/";
+
+/// Purpose of a session that saves files.
+pub const BACKUP: &str = "backup";
+/// Purpose of a session that copies blobs out of mostly dead packs. Its verdict is the relocation
+/// object of its name.
+pub const REPACK: &str = "repack";
+/// Purpose of the session that a garbage collection announces: it refers to no pack, so nobody waits
+/// for it.
+pub const PRUNE: &str = "prune";
+
 /// What is fixed when a repository is made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
@@ -114,7 +132,7 @@ pub enum Verdict {
 /// The announcement of a writer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Session {
-    /// What it does: `backup`.
+    /// What it does: [`BACKUP`], [`REPACK`] or [`PRUNE`].
     pub purpose: String,
     /// Machine and process, for people.
     pub writer: String,
@@ -145,24 +163,45 @@ pub struct Tombstones {
     pub data: Vec<PackId>,
     /// Meta packs, ascending.
     pub meta: Vec<PackId>,
+    /// Packs that were repacked and are gone, and whose relocations nothing refers to any more:
+    /// ascending.
+    pub retired: Vec<PackId>,
 }
 
 impl Tombstones {
     fn encode(&self) -> Vec<u8> {
         let mut out = (self.data.len() as u64).to_le_bytes().to_vec();
-        self.data.iter().chain(&self.meta).for_each(|pack| out.extend_from_slice(&pack.0));
+        out.extend_from_slice(&(self.meta.len() as u64).to_le_bytes());
+        self.all().for_each(|pack| out.extend_from_slice(&pack.0));
         out
     }
 
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
-        let (count, packs) = bytes.split_first_chunk()?;
-        let (packs, []) = packs.as_chunks::<16>() else {
+        let (data, rest) = bytes.split_first_chunk()?;
+        let (meta, rest) = rest.split_first_chunk()?;
+        let (packs, []) = rest.as_chunks::<16>() else {
             return None;
         };
-        let count = usize::try_from(u64::from_le_bytes(*count)).ok()?;
-        let (data, meta) = packs.split_at_checked(count)?;
+        let count = |bytes: &[u8; 8]| usize::try_from(u64::from_le_bytes(*bytes)).ok();
+        let (data, rest) = packs.split_at_checked(count(data)?)?;
+        let (meta, retired) = rest.split_at_checked(count(meta)?)?;
         let ids = |packs: &[[u8; 16]]| packs.iter().copied().map(PackId).collect();
-        Some(Self { data: ids(data), meta: ids(meta) })
+        Some(Self { data: ids(data), meta: ids(meta), retired: ids(retired) })
+    }
+
+    /// All packs named.
+    pub fn all(&self) -> impl Iterator<Item = &PackId> {
+        self.data.iter().chain(&self.meta).chain(&self.retired)
+    }
+
+    /// How many packs are named.
+    pub fn len(&self) -> usize {
+        self.data.len() + self.meta.len() + self.retired.len()
+    }
+
+    /// Whether none is.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 }
 
@@ -174,6 +213,16 @@ pub fn snapshot_name(id: SnapshotId) -> String {
 /// Name of the mark that snapshot `id` is forgotten.
 pub fn forgotten_name(id: SnapshotId) -> String {
     format!("{FORGOTTEN}{id}")
+}
+
+/// Name of the relocations that repacking session `id` published, or of the mark that it was fenced.
+pub fn relocation_name(id: SnapshotId) -> String {
+    format!("{RELOCATIONS}{id}")
+}
+
+/// Name of the mark that session `id` is being declared dead.
+pub fn fence_name(id: SnapshotId) -> String {
+    format!("{FENCES}{id}")
 }
 
 /// Name of the announcement of session `id`.

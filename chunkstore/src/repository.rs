@@ -1,22 +1,48 @@
 //! A repository: an object store, its keys, and what is fixed about it.
 
 use std::io::IoSlice;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use objects::{Created, ObjectStore};
 
 use crate::chunker::{Chunker, ChunkerConfig};
 use crate::codec::seal::{Header, Keyring, ObjectKind, Secret, open_record};
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::{RepositoryId, SnapshotId};
+use crate::id::{BlobId, RepositoryId, SnapshotId};
 use crate::key_slot::{self, KdfCost, Unlock};
 use crate::limits::RECORD_BYTES_MAX;
-use crate::pack::{PackCache, PackClass, ReadScratch};
+use crate::pack::{Location, PackCache, PackClass, ReadScratch};
 use crate::record::{self, Config, Snapshot, Verdict};
+use crate::relocation::Relocations;
 use crate::tree::{NodeRef, NodeSource};
 
+/// Feature of a repository on a store without create-if-absent.
+const TIME_FENCED: &str = "time-fenced";
+
 /// Features this program understands; a repository that needs others is refused.
-const FEATURES: [&str; 0] = [];
+const FEATURES: [&str; 1] = [TIME_FENCED];
+
+/// How it is decided, once and for all, whether a session has committed or is dead. All who write to a
+/// repository must do it the same way, so it is fixed when the repository is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Register {
+    /// Whoever creates an object first wins. Relies on no clock.
+    CreateIfAbsent,
+    /// The store does not offer that. A commit is a request that the store refuses once it is too old,
+    /// sent after looking for a mark of being fenced; and a fence holds once such requests are too
+    /// old. Relies on the store's clock, and on its refusing old requests.
+    TimeFenced,
+}
+
+impl std::fmt::Display for Register {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::CreateIfAbsent => "create-if-absent",
+            Self::TimeFenced => "time-fenced (the store has no create-if-absent)",
+        })
+    }
+}
 
 /// An opened repository.
 pub struct Repository {
@@ -26,6 +52,8 @@ pub struct Repository {
     chunker: Chunker,
     data_packs: PackCache,
     meta_packs: PackCache,
+    /// As read last; none are known at first, because most repositories have none.
+    relocations: RwLock<Arc<Relocations>>,
 }
 
 /// Snapshots found on the store.
@@ -45,7 +73,7 @@ impl Repository {
     /// Makes a repository on an empty store, with one key.
     ///
     /// The configuration is written last: a store without it is no repository yet, and making one
-    /// can be tried again.
+    /// can be tried again. Whether the store has create-if-absent is tried out and kept.
     ///
     /// # Errors
     /// `Invalid` when there is a repository already, or unusable chunk sizes; those of the store.
@@ -79,15 +107,49 @@ impl Repository {
             Err(error) if error.kind() == objects::ErrorKind::NotFound => {}
             Err(error) => return Err(error.into()),
         }
+        let features = match probe(&*store)? {
+            Register::CreateIfAbsent => Vec::new(),
+            Register::TimeFenced => vec![TIME_FENCED.to_owned()],
+        };
         let keys = Keyring::new(id, vec![Secret::random()])?;
-        let config = Config { created: now, chunker, features: Vec::new() };
+        let config = Config { created: now, chunker, features };
         let chunker = Chunker::new(config.chunker, keys.cut())?;
         key_slot::add(&*store, &keys, unlock, cost, "", now)?;
         let object = record::seal_json(&keys, ObjectKind::Config, record::CONFIG, &config);
         match store.create(record::CONFIG, &[IoSlice::new(&object)])? {
-            Created::New => Ok(Self::assemble(store, keys, config, chunker)),
-            Created::AlreadyExists => Err(taken()),
+            Created::New => {}
+            Created::AlreadyExists => return Err(taken()),
         }
+        // Where creating may replace, another 'init' at the same time may have won.
+        if store.read(record::CONFIG, RECORD_BYTES_MAX)? != object {
+            return Err(taken());
+        }
+        Ok(Self::assemble(store, keys, config, chunker))
+    }
+
+    /// How commits are decided here.
+    pub fn register(&self) -> Register {
+        let fenced = self.config.features.iter().any(|name| name == TIME_FENCED);
+        if fenced { Register::TimeFenced } else { Register::CreateIfAbsent }
+    }
+
+    /// Tries out whether the store still does what the repository was made to rely on. To be asked
+    /// before writing where the store may be another one than it was: behind a network.
+    ///
+    /// # Errors
+    /// `Invalid` when it does not; those of the store.
+    pub fn verify_register(&self) -> Result<()> {
+        if self.register() == Register::CreateIfAbsent
+            && probe(&*self.store)? == Register::TimeFenced
+        {
+            return Err(Error::invalid(format!(
+                "the store at '{}' replaces objects that were to be created only if absent, on \
+                 which this repository relies (was it moved here from another store?): make a new \
+                 one here, and bring the snapshots over with 'ebackup copy'",
+                self.store.location()
+            )));
+        }
+        Ok(())
     }
 
     /// The identity of the repository on `store`, which needs no key.
@@ -151,6 +213,7 @@ impl Repository {
             chunker,
             data_packs: PackCache::new(PackClass::Data),
             meta_packs: PackCache::new(PackClass::Meta),
+            relocations: RwLock::default(),
         }
     }
 
@@ -180,6 +243,74 @@ impl Repository {
             PackClass::Data => &self.data_packs,
             PackClass::Meta => &self.meta_packs,
         }
+    }
+
+    /// The relocations as read last; see [`reload_relocations`](Self::reload_relocations).
+    pub fn relocations(&self) -> Arc<Relocations> {
+        self.relocations.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Reads the relocations that there are now. To be asked when a pack is missing: the same value
+    /// as before means that no blob was relocated since.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn reload_relocations(&self) -> Result<Arc<Relocations>> {
+        let new = Relocations::load(&*self.store, &self.keys)?;
+        let mut known = self.relocations.write().unwrap_or_else(PoisonError::into_inner);
+        if known.objects() != new.objects() {
+            *known = Arc::new(new);
+        }
+        Ok(known.clone())
+    }
+
+    /// Reads one blob, at the place that a reference gives or where it was relocated to, into
+    /// `scratch`.
+    ///
+    /// # Errors
+    /// `NotFound` when it is nowhere, `Corrupt`, and those of the store.
+    pub fn read_blob(
+        &self,
+        class: PackClass,
+        place: Location,
+        id: &BlobId,
+        scratch: &mut ReadScratch,
+    ) -> Result<()> {
+        let known = self.relocations();
+        match self.read_copy(&known, class, place, id, scratch) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                let new = self.reload_relocations()?;
+                if Arc::ptr_eq(&known, &new) {
+                    return Err(error);
+                }
+                self.read_copy(&new, class, place, id, scratch)
+            }
+            result => result,
+        }
+    }
+
+    /// Reads the first copy that is there.
+    fn read_copy(
+        &self,
+        relocations: &Relocations,
+        class: PackClass,
+        place: Location,
+        id: &BlobId,
+        scratch: &mut ReadScratch,
+    ) -> Result<()> {
+        let mut missing = None;
+        for Location { pack, ordinal } in relocations.places(place) {
+            let read = self
+                .packs(class)
+                .get(&*self.store, &self.keys, pack)
+                .and_then(|pack| pack.read(&*self.store, &self.keys, ordinal, id, scratch));
+            match read {
+                Err(error) if error.kind() == ErrorKind::NotFound => missing = Some(error),
+                result => return result,
+            }
+        }
+        let none = || Error::new(ErrorKind::NotFound, "the blob is nowhere");
+        Err(missing.unwrap_or_else(none))
     }
 
     /// The verdict on session `id`, if there is one.
@@ -256,9 +387,14 @@ impl Repository {
 
 impl NodeSource for Repository {
     fn load_node(&self, node: &NodeRef) -> Result<Vec<u8>> {
-        let pack = self.meta_packs.get(&*self.store, &self.keys, node.pack)?;
         let mut scratch = ReadScratch::default();
-        pack.read(&*self.store, &self.keys, node.ordinal, &node.id, &mut scratch)?;
+        self.read_blob(PackClass::Meta, node.location(), &node.id, &mut scratch)?;
         Ok(scratch.plain)
     }
+}
+
+/// Which register a store is good for.
+fn probe(store: &dyn ObjectStore) -> Result<Register> {
+    let honoured = objects::probe::create_if_absent(store, record::PROBES)?;
+    Ok(if honoured { Register::CreateIfAbsent } else { Register::TimeFenced })
 }

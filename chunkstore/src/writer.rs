@@ -24,7 +24,7 @@ use std::io::IoSlice;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
 use objects::Created;
@@ -37,7 +37,9 @@ use crate::index::{self, Index, Record, Segment, SegmentWriter};
 use crate::limits::{BLOB_BYTES_MAX, CHUNK_BYTES_MAX};
 use crate::pack::{BlobKind, Location, PackBuilder, PackClass, SealedPack};
 use crate::record::{self, Session, Snapshot, Verdict};
+use crate::relocation::Relocations;
 use crate::repository::Repository;
+use crate::session::{self, Announced};
 use crate::tree::{BlobRef, NodeRef, NodeSink};
 
 /// How a session writes.
@@ -74,10 +76,6 @@ impl Default for WriterSettings {
 const META_PACK_TARGET_BYTES: usize = 4 << 20;
 const META_PACK_BUFFERS: usize = 2;
 
-/// A writer that was silent for longer than this does not try to commit: collectors remove the mark
-/// that it was fenced after twice as long.
-const SILENCE_MAX: Duration = Duration::from_secs(15 * 86_400);
-
 /// What a session has done so far.
 #[derive(Debug, Default)]
 pub struct WriterCounters {
@@ -108,8 +106,7 @@ pub struct Writer {
 struct Shared {
     repository: Arc<Repository>,
     settings: WriterSettings,
-    session: Session,
-    id: SnapshotId,
+    session: Announced,
     /// Segments that were there, whose packs are checked against `usable`.
     base: Index,
     /// Segments of this session.
@@ -127,8 +124,6 @@ struct Shared {
     failed: AtomicBool,
     failure: Mutex<Option<Error>>,
     counters: WriterCounters,
-    /// How often the announcement was renewed, and when last, by the store's clock.
-    renewed: Mutex<(u64, SystemTime)>,
 }
 
 /// Fills packs of one class.
@@ -144,11 +139,21 @@ struct Packer {
 struct UsablePacks {
     present: Vec<PackId>,
     tombstoned: HashSet<PackId>,
+    /// As of after the tombstones were read.
+    relocations: Relocations,
 }
 
 impl UsablePacks {
     fn contains(&self, pack: PackId) -> bool {
         self.present.binary_search(&pack).is_ok() && !self.tombstoned.contains(&pack)
+    }
+
+    /// Whether a reference to `place` may be taken over: the blob is there, or a copy of it. A
+    /// tombstone on the old pack also announces that its relocations go.
+    fn backs(&self, place: Location) -> bool {
+        self.contains(place.pack)
+            || (!self.tombstoned.contains(&place.pack)
+                && self.relocations.is_backed(place, &|pack| self.contains(pack)))
     }
 }
 
@@ -169,34 +174,25 @@ impl Writer {
         settings: WriterSettings,
         session: &Session,
     ) -> Result<Self> {
-        let id = SnapshotId::random();
-        let name = record::session_name(id);
         let (store, keys) = (repository.store(), repository.keys());
         // The order matters: whoever collects garbage publishes tombstones and then lists sessions.
-        let Created::New = record::create_json(store, keys, ObjectKind::Session, &name, session)?
-        else {
-            return Err(Error::corrupt(name, "a random name was taken"));
-        };
+        let session = Announced::begin(&repository, session.clone())?;
         let learn = || -> Result<_> {
-            let announced = store.stat(&name)?.modified;
             let tombstoned = read_all_tombstones(&repository)?;
+            let relocations = Relocations::load(store, keys)?;
             let (base, _) = Index::open(store, keys, settings.filter_bytes / 2)?;
-            let usable = UsablePacks { present: list_packs(&repository)?, tombstoned };
-            Ok((announced, base, usable))
+            let present = list_packs(&repository)?;
+            Ok((base, UsablePacks { present, tombstoned, relocations }))
         };
-        let (announced, base, usable) = learn().inspect_err(|_| {
-            // Nothing was written yet: nobody needs to wait for this session.
-            let _left_behind = store.delete(&name);
-        })?;
-        Ok(Self::start(repository, settings, session.clone(), announced, id, base, usable))
+        // On failure nothing was written yet: nobody needs to wait for this session.
+        let (base, usable) = learn().inspect_err(|_| session.end(&repository))?;
+        Ok(Self::start(repository, settings, session, base, usable))
     }
 
     fn start(
         repository: Arc<Repository>,
         settings: WriterSettings,
-        session: Session,
-        announced: SystemTime,
-        id: SnapshotId,
+        session: Announced,
         base: Index,
         usable: UsablePacks,
     ) -> Self {
@@ -212,7 +208,6 @@ impl Writer {
         let own = RwLock::new(Index::empty(settings.filter_bytes / 2));
         let shared = Arc::new(Shared {
             repository,
-            id,
             base,
             own,
             usable,
@@ -227,7 +222,6 @@ impl Writer {
             failure: Mutex::new(None),
             counters: WriterCounters::default(),
             session,
-            renewed: Mutex::new((0, announced)),
             settings,
         });
         let uploaders = (0..shared.settings.uploads.max(1))
@@ -254,7 +248,7 @@ impl Writer {
 
     /// Name of the session, and of the snapshot it will be.
     pub fn id(&self) -> SnapshotId {
-        self.shared.id
+        self.shared.session.id
     }
 
     /// What it has done so far.
@@ -271,14 +265,20 @@ impl Writer {
         self.shared.store_data(compressor, plain)
     }
 
-    /// Whether references to `pack` in an older tree may be taken over.
+    /// Whether any reference to `pack` in an older tree may be taken over.
     pub fn is_usable(&self, pack: PackId) -> bool {
         self.shared.usable.contains(pack)
     }
 
+    /// Whether the reference to `place` in an older tree may be taken over: its pack is usable, or the
+    /// blob was relocated to one that is.
+    pub fn is_usable_at(&self, place: Location) -> bool {
+        self.shared.usable.backs(place)
+    }
+
     /// Remembers a node of an older tree, so that it is not stored again if it recurs.
     pub fn remember_node(&self, node: NodeRef) {
-        if self.is_usable(node.pack) {
+        if self.is_usable_at(node.location()) {
             let mut known = lock(&self.shared.known_nodes);
             // Nodes recur close to where they were; forgetting all now and then loses little.
             if known.len() >= 4096 {
@@ -300,12 +300,8 @@ impl Writer {
         let stored = self.shared.counters.bytes_stored.load(Ordering::Relaxed);
         let committed = self.shared.commit(snapshot(stored));
         self.stop_heartbeat();
-        // Committed or fenced, it is decided; after any other error it may be, which the next
-        // collector finds out.
-        if committed.as_ref().map_or_else(|error| error.kind() == ErrorKind::Fenced, |()| true) {
-            self.shared.end();
-        }
-        committed.map(|()| self.shared.id)
+        self.shared.session.end_after(&self.shared.repository, &committed);
+        committed.map(|()| self.id())
     }
 
     /// Ends the session without a snapshot. What was uploaded stays, named by index segments, so
@@ -316,7 +312,7 @@ impl Writer {
     pub fn abandon(mut self) -> Result<()> {
         let drained = self.drain();
         self.stop_heartbeat();
-        self.shared.end();
+        self.shared.session.end(&self.shared.repository);
         drained
     }
 
@@ -582,68 +578,25 @@ impl Shared {
     }
 
     fn commit(&self, snapshot: Snapshot) -> Result<()> {
-        self.renew()?;
-        let name = record::snapshot_name(self.id);
-        let (store, keys) = (self.repository.store(), self.repository.keys());
+        let name = record::snapshot_name(self.session.id);
         let verdict = Verdict::Snapshot(Box::new(snapshot));
-        let created = record::create_json(store, keys, ObjectKind::Snapshot, &name, &verdict);
-        match created {
-            Ok(Created::New) => Ok(()),
-            // Somebody was first: a garbage collection, or this very request, repeated.
-            Ok(Created::AlreadyExists) => self.expect_verdict(&verdict, None),
-            // The request may have taken effect although its answer was lost.
-            Err(error) => self.expect_verdict(&verdict, Some(error)),
-        }
-    }
-
-    fn expect_verdict(&self, ours: &Verdict, error: Option<Error>) -> Result<()> {
-        match (self.repository.verdict(self.id), error) {
-            (Ok(Some(verdict)), _) if verdict == *ours => Ok(()),
-            (Ok(Some(_)), _) => Err(fenced()),
-            (Ok(None), Some(error)) | (Err(error), _) => Err(error),
-            (Ok(None), None) => {
-                Err(Error::corrupt(record::snapshot_name(self.id), "it was there and is gone"))
-            }
-        }
-    }
-
-    /// Removes the announcement. If that fails, a garbage collection finds the session decided.
-    fn end(&self) {
-        let _left_behind = self.repository.store().delete(&record::session_name(self.id));
+        // Sealed once: whatever is sent again has the same bytes.
+        let keys = self.repository.keys();
+        let object = record::seal_json(keys, ObjectKind::Snapshot, &name, &verdict);
+        self.session.commit(&self.repository, &name, &object)
     }
 
     fn keep_alive(&self, stop: &Receiver<()>) {
-        let verdict_name = record::snapshot_name(self.id);
         while stop.recv_timeout(self.settings.heartbeat)
             == Err(crossbeam_channel::RecvTimeoutError::Timeout)
         {
             // A missed renewal is made up for by the next; whether it was one too many is decided
             // by the verdict alone.
-            let _missed = self.renew();
-            if self.repository.store().stat(&verdict_name).is_ok()
-                && matches!(self.repository.verdict(self.id), Ok(Some(Verdict::Fenced { .. })))
-            {
-                return self.fail(fenced());
+            let _missed = self.session.renew(&self.repository, self.repository.store().clock());
+            if matches!(session::is_dead(&self.repository, self.session.id), Ok(true)) {
+                return self.fail(session::fenced());
             }
         }
-    }
-
-    /// Renews the announcement.
-    ///
-    /// # Errors
-    /// `Fenced` when the last time is so long ago that a mark of being fenced may have been removed
-    /// since: only the store's clock can tell, this machine may have been suspended.
-    fn renew(&self) -> Result<()> {
-        let name = record::session_name(self.id);
-        let (store, keys) = (self.repository.store(), self.repository.keys());
-        let mut last = lock(&self.renewed);
-        let (heartbeat, before) = (last.0 + 1, last.1);
-        let session = Session { heartbeat, ..self.session.clone() };
-        store.replace(&name, &record::seal_json(keys, ObjectKind::Session, &name, &session))?;
-        let now = store.stat(&name)?.modified;
-        *last = (heartbeat, now);
-        let silent = now.duration_since(before).unwrap_or_default();
-        if silent > SILENCE_MAX { Err(fenced()) } else { Ok(()) }
     }
 
     fn check(&self) -> Result<()> {
@@ -661,21 +614,13 @@ impl Shared {
     }
 }
 
-fn fenced() -> Error {
-    Error::new(
-        ErrorKind::Fenced,
-        "a prune declared this backup dead, because it gave no sign of life for longer than the \
-         prune's --grace; run the backup again: it continues with what was uploaded",
-    )
-}
-
 /// All packs that any garbage collection is about to delete.
 fn read_all_tombstones(repository: &Repository) -> Result<HashSet<PackId>> {
     let mut packs = HashSet::new();
     for id in repository.list_ids(record::TOMBSTONES)? {
         let id = GenerationId(id.0);
         match record::read_tombstones(repository.store(), repository.keys(), id) {
-            Ok(tombstones) => packs.extend(tombstones.data.into_iter().chain(tombstones.meta)),
+            Ok(tombstones) => packs.extend(tombstones.all().copied()),
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => {
                 return Err(error.context("cannot tell which packs are about to be deleted"));

@@ -70,7 +70,8 @@ fn a_sound_repository_has_no_findings() {
     let (summary, findings) = run(&repository, &options());
     assert_eq!(findings, []);
     assert_eq!((summary.snapshots, summary.packs), (3, summary.packs_read));
-    assert!(summary.nodes > 5 && summary.unused_packs > 0, "{summary}");
+    // Where leaves are cut depends on the random key.
+    assert!(summary.nodes >= 5 && summary.unused_packs > 0, "{summary}");
     let half = CheckOptions { read_data: ReadData::Percent(50.0), ..options() };
     let (half, _) = run(&repository, &half);
     assert_eq!(half.packs_read, half.packs.div_ceil(2));

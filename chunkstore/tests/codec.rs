@@ -106,7 +106,8 @@ proptest! {
     fn tombstones_are_read_as_written(data: Vec<[u8; 16]>, meta: Vec<[u8; 16]>) {
         let (store, keys) = (MemoryStore::new(), keys());
         let ids = |ids: Vec<[u8; 16]>| ids.into_iter().map(PackId).collect();
-        let tombstones = Tombstones { data: ids(data), meta: ids(meta) };
+        let retired = ids(vec![[3; 16]]);
+        let tombstones = Tombstones { data: ids(data), meta: ids(meta), retired };
         let id = GenerationId([4; 16]);
         let created = create_tombstones(&store, &keys, id, &tombstones).unwrap();
         prop_assert_eq!(created, Created::New);

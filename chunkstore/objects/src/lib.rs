@@ -15,6 +15,7 @@ use std::time::{Duration, SystemTime};
 mod error;
 mod key;
 pub mod local;
+pub mod probe;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod traffic;

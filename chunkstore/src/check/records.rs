@@ -10,7 +10,8 @@ use crate::id::{GenerationId, PackId, SegmentId, SlotId, SnapshotId};
 use crate::key_slot;
 use crate::limits::RECORD_BYTES_MAX;
 use crate::pack::PackClass;
-use crate::record::{self, Config, Forgotten, Session, Waits};
+use crate::record::{self, Config, Forgotten, Session, Verdict, Waits};
+use crate::relocation;
 use crate::repository::{Repository, SnapshotList};
 
 /// All objects of a repository.
@@ -23,7 +24,7 @@ pub(super) struct Objects {
     has_config: bool,
 }
 
-const RECORDS: [&str; 7] = [
+const RECORDS: [&str; 10] = [
     key_slot::FOLDER,
     record::SNAPSHOTS,
     record::FORGOTTEN,
@@ -31,6 +32,9 @@ const RECORDS: [&str; 7] = [
     record::TOMBSTONES,
     record::WAITS,
     record::DOOMED,
+    record::RELOCATIONS,
+    record::FENCES,
+    record::PROBES,
 ];
 
 /// Lists everything.
@@ -64,6 +68,9 @@ impl Objects {
             return;
         };
         let name = &key[folder.len()..];
+        if folder == record::PROBES {
+            return; // gone in a moment; what is left of a store that failed goes with the next
+        }
         let is_known = if folder == key_slot::FOLDER {
             name.parse::<SlotId>().is_ok()
         } else {
@@ -169,6 +176,13 @@ pub(super) fn check(
     });
     each(record::SESSIONS, Severity::Warning, Kind::Session, &|name| {
         record::read_json::<Session>(store, keys, ObjectKind::Session, name).map(drop)
+    });
+    each(record::FENCES, Severity::Warning, Kind::Session, &|name| {
+        record::read_json::<Verdict>(store, keys, ObjectKind::Snapshot, name).map(drop)
+    });
+    each(record::RELOCATIONS, Severity::Error, Kind::GarbageCollection, &|name| {
+        let id = name[record::RELOCATIONS.len()..].parse::<SnapshotId>()?;
+        relocation::Record::read(store, keys, id).map(drop)
     });
     for folder in [record::TOMBSTONES, record::WAITS, record::DOOMED] {
         each(folder, Severity::Error, Kind::GarbageCollection, &|name| {

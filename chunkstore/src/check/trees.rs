@@ -12,12 +12,12 @@ use super::{Damage, FILES_NAMED};
 use crate::error::{Error, ErrorKind, Result, chain};
 use crate::id::{PackId, SnapshotId};
 use crate::limits::TREE_LEVELS_MAX;
-use crate::pack::PackClass;
+use crate::pack::{Location, PackClass, ReadScratch};
 use crate::record::Snapshot;
 use crate::repository::Repository;
 use crate::tree::{
-    Body, ChildRef, Entry, Interior, Kind, Leaf, Liveness, NodeRef, NodeSource, decode_interior,
-    decode_leaf,
+    BlobRef, Body, ChildRef, Entry, Interior, Kind, Leaf, Liveness, NodeRef, NodeSource,
+    decode_interior, decode_leaf,
 };
 
 /// Half an id: names a node as surely as the index names blobs.
@@ -76,7 +76,7 @@ impl<'a> Walk<'a> {
 
     pub(super) fn snapshot(&mut self, snapshot: &Snapshot) {
         let place = Place { node: snapshot.root, child: None, upper: None };
-        self.used.insert(place.node.pack);
+        self.use_node(&place.node);
         if snapshot.level == 0 {
             self.leaf(&place);
         } else if snapshot.level <= TREE_LEVELS_MAX {
@@ -105,7 +105,7 @@ impl<'a> Walk<'a> {
         }
         let mut union = Some(Liveness::default());
         for (at, child) in node.children.iter().enumerate() {
-            self.used.insert(child.node.pack);
+            self.use_node(&child.node);
             let upper = node.children.get(at + 1).map(|next| &next.first_key[..]).or(place.upper);
             let place = Place { node: child.node, child: Some(child), upper };
             if level > 1 {
@@ -121,7 +121,7 @@ impl<'a> Walk<'a> {
                 _ => union = None,
             }
         }
-        self.used.extend(node.liveness.0.keys());
+        self.used.extend(self.damage.packs_now(&node.liveness));
         if union.is_some_and(|union| union != node.liveness) {
             self.fault(
                 &place.node,
@@ -164,8 +164,9 @@ impl<'a> Walk<'a> {
             }
             previous = Some(blob);
             uses.mark(blob.location);
-            let (pack, ordinal) = (blob.location.pack, blob.location.ordinal);
+            let Location { pack, ordinal } = self.damage.now(blob.location);
             match self.data.get(&pack) {
+                None if self.damage.packs.contains_key(&pack) || self.is_relocated(blob) => {}
                 None => self.damage.missing_pack(PackClass::Data, pack),
                 Some(traces) => {
                     let expected = Trace::new(&blob.id, blob.len);
@@ -176,8 +177,19 @@ impl<'a> Walk<'a> {
                 }
             }
         }
-        self.used.extend(uses.0.keys());
+        self.used.extend(self.damage.packs_now(&uses));
         uses.0.into_iter().collect()
+    }
+
+    fn use_node(&mut self, node: &NodeRef) {
+        self.used.insert(self.damage.now(node.location()).pack);
+    }
+
+    /// Whether a blob that was not found was repacked since its pack was listed.
+    fn is_relocated(&self, blob: &BlobRef) -> bool {
+        let mut scratch = ReadScratch::default();
+        let place = blob.location;
+        self.repository.read_blob(PackClass::Data, place, &blob.id, &mut scratch).is_ok()
     }
 
     /// Compares a node with what its parent says.
@@ -200,8 +212,9 @@ impl<'a> Walk<'a> {
 
     fn unreadable(&mut self, node: &NodeRef, error: &Error) {
         if error.kind() == ErrorKind::NotFound {
-            self.damage.missing_pack(PackClass::Meta, node.pack);
-        } else if self.damage.of_blob(&node.location()).is_none() {
+            let pack = self.damage.now(node.location()).pack;
+            self.damage.missing_pack(PackClass::Meta, pack);
+        } else if self.damage.of_blob(node.location()).is_none() {
             self.fault(node, &chain(error));
         }
     }
@@ -285,7 +298,7 @@ impl<'a> Attribution<'a> {
         let mut last = BTreeMap::new();
         for entry in &leaf.entries {
             for blob in entry.blobs() {
-                let Some(at) = self.damage.of_blob(&blob.location) else {
+                let Some(at) = self.damage.of_blob(blob.location) else {
                     continue;
                 };
                 is_damaged = true;

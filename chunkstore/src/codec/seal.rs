@@ -52,15 +52,17 @@ pub enum ObjectKind {
     Session = 7,
     /// Packs a garbage collection is about to delete.
     Tombstones = 8,
-    // 9 is reserved for relocation segments.
+    /// Where repacked blobs lie now.
+    Relocations = 9,
 }
 
 impl ObjectKind {
     fn from_byte(byte: u8) -> Option<Self> {
         use ObjectKind::{
-            Config, DataPack, Forgotten, MetaPack, Segment, Session, Snapshot, Tombstones,
+            Config, DataPack, Forgotten, MetaPack, Relocations, Segment, Session, Snapshot,
+            Tombstones,
         };
-        [Config, DataPack, MetaPack, Segment, Snapshot, Forgotten, Session, Tombstones]
+        [Config, DataPack, MetaPack, Segment, Snapshot, Forgotten, Session, Tombstones, Relocations]
             .into_iter()
             .find(|kind| *kind as u8 == byte)
     }

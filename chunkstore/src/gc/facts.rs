@@ -4,14 +4,14 @@ use std::time::{Duration, SystemTime};
 
 use objects::ObjectMeta;
 
-use super::PURPOSE;
 use super::plan::{GenerationFact, PackFact, SessionFact};
 use crate::codec::seal::ObjectKind;
 use crate::error::{ErrorKind, Result};
 use crate::id::{GenerationId, PackId, SnapshotId};
 use crate::pack::PackClass;
 use crate::record::{self, Session};
-use crate::repository::Repository;
+use crate::repository::{Register, Repository};
+use crate::session::FENCE_WAIT;
 
 /// Whether an object exists.
 pub(super) fn exists(repository: &Repository, name: &str) -> Result<bool> {
@@ -91,16 +91,38 @@ pub(super) fn session(
         .and_then(|started| now.duration_since(started).ok())
         .map_or(0, |age| age.as_secs())
         .max(silent.as_secs());
-    let decided = purpose != PURPOSE && is_decided(repository, id)?;
+    let decided = purpose != record::PRUNE && is_decided(repository, id, now)?;
     let silent_secs = silent.as_secs();
     Ok(Some(SessionFact { id, purpose, writer, silent_secs, age_secs, decided }))
 }
 
+/// The objects of which one decides how a session ends: what its purpose makes it commit. Both, if its
+/// announcement cannot be read.
+pub(super) fn registers(purpose: &str, id: SnapshotId) -> Vec<String> {
+    match purpose {
+        record::BACKUP => vec![record::snapshot_name(id)],
+        record::REPACK => vec![record::relocation_name(id)],
+        _ => vec![record::snapshot_name(id), record::relocation_name(id)],
+    }
+}
+
 /// Whether the session can commit no more: its verdict is there, or was, and is forgotten.
-pub(super) fn is_decided(repository: &Repository, id: SnapshotId) -> Result<bool> {
-    // In this order: the verdict is deleted only while the mark is there.
-    Ok(exists(repository, &record::snapshot_name(id))?
-        || exists(repository, &record::forgotten_name(id))?)
+pub(super) fn is_decided(repository: &Repository, id: SnapshotId, now: SystemTime) -> Result<bool> {
+    // The verdict before the mark: it is deleted only while the mark is there.
+    for name in [record::snapshot_name(id), record::relocation_name(id), record::forgotten_name(id)]
+    {
+        if exists(repository, &name)? {
+            return Ok(true);
+        }
+    }
+    if repository.register() == Register::CreateIfAbsent {
+        return Ok(false);
+    }
+    match repository.store().stat(&record::fence_name(id)) {
+        Ok(meta) => Ok(age(&meta, now) > FENCE_WAIT),
+        Err(error) if error.kind() == objects::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Begun garbage collections, and what earlier ones have left behind.

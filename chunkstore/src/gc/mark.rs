@@ -1,22 +1,33 @@
 //! Marking: which blobs of which packs the snapshots use.
 //!
+//! A reference names the place a blob was first stored at. If it was copied since, every copy counts as
+//! used too; and the original is needed only while no copy can be relied on.
+//!
 //! No leaf is read, save those that are roots: level-1 nodes list what their leaves use. Every interior
-//! node is visited once over all snapshots. Memory: 48 bytes a used pack and 16 bytes a node.
+//! node is visited once over all snapshots. Memory: 48 bytes a used pack and 16 bytes a node, and
+//! what relocations take.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::{PackId, SnapshotId};
+use crate::id::{GenerationId, PackId, SnapshotId};
 use crate::pack::{Location, PackClass};
 use crate::record::{self, Snapshot, Verdict};
+use crate::relocation::Relocations;
 use crate::repository::Repository;
 use crate::tree::{NodeRef, TreeCursor, for_each_node};
 
 /// What snapshots use.
 #[derive(Default)]
 pub(super) struct Mark {
+    /// As references say.
     data: HashMap<PackId, u128>,
     meta: HashMap<PackId, u128>,
+    /// Copies of what references say, of both classes.
+    copies: HashMap<PackId, u128>,
+    relocations: Relocations,
+    /// Packs whose copies can be relied on: they are there, and nobody is about to delete them.
+    reliable: HashSet<PackId>,
     nodes: HashSet<[u8; 16]>,
     /// Snapshots counted so far.
     pub(super) snapshots: HashSet<SnapshotId>,
@@ -24,6 +35,35 @@ pub(super) struct Mark {
     pub(super) fenced: HashSet<SnapshotId>,
     /// Snapshots marked forgotten, as of the last look, whose object is still there.
     pub(super) forgotten: Vec<SnapshotId>,
+}
+
+/// Those packs with copies that can be relied on. Tombstones are looked at first: a pack that is
+/// deleted, and its tombstone removed, between the two looks is then seen missing.
+fn look_for_copies(repository: &Repository, relocations: &Relocations) -> Result<HashSet<PackId>> {
+    let copies = relocations.packs().flat_map(|(_, moved)| &moved.places);
+    let mut wanted: HashSet<PackId> = copies.map(|(_, copy)| copy.pack).collect();
+    let mut present = HashSet::new();
+    if wanted.is_empty() {
+        return Ok(present);
+    }
+    for id in repository.list_ids(record::TOMBSTONES)? {
+        let id = GenerationId(id.0);
+        match record::read_tombstones(repository.store(), repository.keys(), id) {
+            Ok(tombstones) => tombstones.all().for_each(|pack| {
+                wanted.remove(pack);
+            }),
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    for class in [PackClass::Data, PackClass::Meta] {
+        repository.store().list(class.folder(), &mut |meta| {
+            let id = meta.key.rsplit('/').next().and_then(|name| name.parse::<PackId>().ok());
+            present.extend(id.filter(|id| wanted.contains(id)));
+            Ok(())
+        })?;
+    }
+    Ok(present)
 }
 
 impl Mark {
@@ -45,7 +85,36 @@ impl Mark {
                 self.count(repository, id).map_err(|error| unmarkable(id, error))?;
             }
         }
-        Ok(())
+        self.follow_relocations(repository)
+    }
+
+    /// Counts the copies of what is used.
+    fn follow_relocations(&mut self, repository: &Repository) -> Result<()> {
+        self.relocations = Relocations::load(repository.store(), repository.keys())?;
+        if let Some((name, why)) = self.relocations.damaged().first() {
+            let error = Error::corrupt(name, why);
+            return Err(error.context(
+                "nothing was deleted, because it is unknown where repacked blobs lie; run 'check'",
+            ));
+        }
+        self.reliable = look_for_copies(repository, &self.relocations)?;
+        // Copies may have been copied: until nothing is added any more.
+        loop {
+            let mut added = Vec::new();
+            for (pack, moved) in self.relocations.packs() {
+                let used = self.referred(moved.class, *pack);
+                for (ordinal, copy) in &moved.places {
+                    let known = self.copies.get(&copy.pack).copied().unwrap_or_default();
+                    if used >> ordinal & 1 == 1 && known >> copy.ordinal & 1 == 0 {
+                        added.push(*copy);
+                    }
+                }
+            }
+            if added.is_empty() {
+                return Ok(());
+            }
+            added.into_iter().for_each(|copy| mark(&mut self.copies, copy));
+        }
     }
 
     fn count(&mut self, repository: &Repository, id: SnapshotId) -> Result<()> {
@@ -86,13 +155,47 @@ impl Mark {
         })
     }
 
-    /// The used blobs of a pack; 0 if it is dead.
-    pub(super) fn used(&self, class: PackClass, pack: PackId) -> u128 {
+    /// The blobs of a pack that snapshots refer to there, or of which it holds a copy.
+    pub(super) fn referred(&self, class: PackClass, pack: PackId) -> u128 {
         let packs = match class {
             PackClass::Data => &self.data,
             PackClass::Meta => &self.meta,
         };
-        packs.get(&pack).copied().unwrap_or_default()
+        let of = |packs: &HashMap<PackId, u128>| packs.get(&pack).copied().unwrap_or_default();
+        of(packs) | of(&self.copies)
+    }
+
+    /// The blobs of a pack that must stay there: those used of which there is no copy elsewhere that
+    /// can be relied on. 0 if the pack can go.
+    pub(super) fn used(&self, class: PackClass, pack: PackId) -> u128 {
+        let referred = self.referred(class, pack);
+        if referred == 0 || !self.relocations.contains(pack) {
+            return referred;
+        }
+        let elsewhere = |copy: PackId| copy != pack && self.reliable.contains(&copy);
+        let is_copied = |ordinal: &u8| {
+            self.relocations.is_backed(Location { pack, ordinal: *ordinal }, &elsewhere)
+        };
+        (0..128).filter(is_copied).fold(referred, |used, ordinal| used & !(1 << ordinal))
+    }
+
+    /// Relocated packs that nothing refers to any more, ascending.
+    pub(super) fn unreferred(&self) -> Vec<PackId> {
+        let packs = self.relocations.packs();
+        let dead = packs.filter(|(pack, moved)| self.referred(moved.class, **pack) == 0);
+        let mut dead: Vec<PackId> = dead.map(|(pack, _)| *pack).collect();
+        dead.sort_unstable();
+        dead
+    }
+
+    /// Repackings known to be declared dead.
+    pub(super) fn repackings_fenced(&self) -> &BTreeSet<SnapshotId> {
+        self.relocations.fenced()
+    }
+
+    /// Whether anything refers to a relocated pack.
+    pub(super) fn is_referred(&self, pack: PackId) -> bool {
+        [PackClass::Data, PackClass::Meta].iter().any(|class| self.referred(*class, pack) != 0)
     }
 }
 

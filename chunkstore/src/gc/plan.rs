@@ -59,6 +59,8 @@ pub(super) struct Facts<'a> {
     pub(super) used: &'a dyn Fn(PackClass, PackId) -> u128,
     pub(super) sessions: Vec<SessionFact>,
     pub(super) generations: &'a [GenerationFact],
+    /// Relocated packs that nothing refers to, ascending.
+    pub(super) unreferred: &'a [PackId],
     pub(super) snapshots: usize,
     pub(super) forgotten: usize,
 }
@@ -137,7 +139,7 @@ pub(super) fn plan(facts: Facts<'_>, settings: &PruneSettings, at: jiff::Timesta
     let mut buried: Vec<PackId> = facts
         .generations
         .iter()
-        .flat_map(|generation| generation.tombstones.data.iter().chain(&generation.tombstones.meta))
+        .flat_map(|generation| generation.tombstones.all())
         .copied()
         .collect();
     buried.sort_unstable();
@@ -188,6 +190,13 @@ pub(super) fn plan(facts: Facts<'_>, settings: &PruneSettings, at: jiff::Timesta
             list.push(pack.id);
         }
     }
+    // Their relocations go after they have gone.
+    let mut present: Vec<PackId> = facts.packs.iter().map(|pack| pack.id).collect();
+    present.sort_unstable();
+    let gone = |pack: &&PackId| {
+        present.binary_search(pack).is_err() && buried.binary_search(pack).is_err()
+    };
+    plan.tombstones.retired.extend(facts.unreferred.iter().filter(gone).take(room));
     plan
 }
 
@@ -247,13 +256,15 @@ mod tests {
             pack(4, PackClass::Data, 100),
             pack(5, PackClass::Meta, 90_000),
         ];
-        let tombstones = Tombstones { data: vec![PackId([2; 16])], meta: Vec::new() };
+        let data = vec![PackId([2; 16])];
+        let tombstones = Tombstones { data, ..Tombstones::default() };
         let generations = [GenerationFact { id: GenerationId([7; 16]), tombstones }];
         let facts = Facts {
             packs: &packs,
             used: &|_, id| u128::from(id.0[0] == 1),
             sessions,
             generations: &generations,
+            unreferred: &[PackId([1; 16]), PackId([2; 16]), PackId([8; 16])],
             snapshots: 1,
             forgotten: 0,
         };
@@ -262,7 +273,7 @@ mod tests {
     }
 
     fn doomed(plan: &PrunePlan) -> Vec<u8> {
-        let Tombstones { data, meta } = &plan.tombstones;
+        let Tombstones { data, meta, .. } = &plan.tombstones;
         data.iter().chain(meta).map(|id| id.0[0]).collect()
     }
 
@@ -272,6 +283,7 @@ mod tests {
         assert_eq!(doomed(&plan), [3, 4, 5]);
         assert_eq!((plan.data.used_packs, plan.data.dead_packs, plan.data.buried_packs), (1, 3, 1));
         assert_eq!(plan.doomed_bytes(), 4 << 20);
+        assert_eq!(plan.tombstones.retired, [PackId([8; 16])], "gone, and not buried already");
         let text = plan.to_string();
         assert!(text.contains("data packs 4 (4.0 MiB): 1 (1.0 MiB) in use"), "{text}");
     }

@@ -7,9 +7,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::PackId;
 use crate::index::{self, Record, Segment};
 use crate::pack::PackClass;
+use crate::record;
 use crate::repository::Repository;
 
-use super::{PURPOSE, facts};
+use super::facts;
 
 /// A segment with fewer records is small: 2 MiB.
 const SMALL_RECORDS: u64 = 64 << 10;
@@ -111,7 +112,7 @@ impl Rewritten {
 /// Whether no session is announced that may still write.
 pub(crate) fn is_quiet(repository: &Repository) -> Result<bool> {
     let sessions = facts::sessions(repository, std::time::UNIX_EPOCH)?;
-    Ok(sessions.iter().all(|session| session.decided || session.purpose == PURPOSE))
+    Ok(sessions.iter().all(|session| session.decided || session.purpose == record::PRUNE))
 }
 
 /// Whether the segment has a record that is not to be kept.

@@ -15,11 +15,12 @@ use super::MemoryNodes;
 use crate::chunker::{Chunker, ChunkerConfig};
 use crate::codec::compress::Compression;
 use crate::codec::seal::{Header, Keyring, ObjectCipher, ObjectKind, Secret, seal_record};
-use crate::id::{BlobId, GenerationId, PackId, RepositoryId, SegmentId};
+use crate::id::{BlobId, GenerationId, PackId, RepositoryId, SegmentId, SnapshotId};
 use crate::index::{Index, Record, SegmentWriter};
 use crate::key_slot;
 use crate::pack::{BlobKind, Location, Pack, PackBuilder, PackClass, ReadScratch};
 use crate::record::{self, Config, Session, Tombstones, Verdict};
+use crate::relocation::{self, Relocations};
 use crate::tree::{
     Body, Chunk, Content, Entry, EntryCursor, Kind, Node, Timestamp, TreeBuilder, TreeCursor,
     decode_interior, decode_leaf, extent_key,
@@ -29,7 +30,7 @@ use crate::tree::{
 pub type Target = fn(&[u8]) -> bool;
 
 /// All targets by name, which is also the folder of their seeds.
-pub const TARGETS: [(&str, Target); 12] = [
+pub const TARGETS: [(&str, Target); 13] = [
     ("chunker", chunker),
     ("header", header),
     ("interior", interior),
@@ -39,6 +40,7 @@ pub const TARGETS: [(&str, Target); 12] = [
     ("pack_sealed", pack_sealed),
     ("pack_table", pack_table),
     ("record", record),
+    ("relocations", relocations),
     ("segment_object", segment_object),
     ("segment_footer", segment_footer),
     ("tombstones", tombstones),
@@ -263,6 +265,26 @@ pub fn tombstones(data: &[u8]) -> bool {
     decoded.is_some()
 }
 
+/// Where repacked blobs lie.
+pub fn relocations(data: &[u8]) -> bool {
+    let decoded = relocation::Record::decode(data).ok();
+    let id = SnapshotId([9; 16]);
+    let store = MemoryStore::new();
+    let name = record::relocation_name(id);
+    let keys = keys();
+    put(&store, &name, &seal_record(&keys, ObjectKind::Relocations, &name, data));
+    assert_eq!(relocation::Record::read(&store, &keys, id).ok(), decoded);
+    if let Some(relocation::Record::Moved(packs)) = &decoded {
+        let all = Relocations::load(&store, &keys).expect("it was just read");
+        for (pack, moved) in packs {
+            for (ordinal, _) in &moved.places {
+                assert!(all.places(Location { pack: *pack, ordinal: *ordinal }).len() < 1000);
+            }
+        }
+    }
+    decoded.is_some()
+}
+
 /// Valid inputs for every target: name of the target and of the seed, and its bytes. Not the same
 /// every time, as salts are random.
 ///
@@ -316,8 +338,17 @@ pub fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         seeds.push(("record", name, text.as_bytes().to_vec()));
     }
     let mut list = 1_u64.to_le_bytes().to_vec();
-    list.resize(8 + 32, 3);
+    list.extend_from_slice(&0_u64.to_le_bytes());
+    list.resize(16 + 32, 3);
     seeds.push(("tombstones", "two", list));
+    // Two blobs of one pack, copied to another.
+    let mut moved = vec![0, 1];
+    moved.extend_from_slice(&[4; 16]);
+    moved.push(1);
+    moved.extend_from_slice(&[5; 16]);
+    moved.extend_from_slice(&[0, 2, 3, 0, 0, 7, 0, 1]);
+    seeds.push(("relocations", "two", moved));
+    seeds.push(("relocations", "fenced", vec![1]));
     seeds
 }
 

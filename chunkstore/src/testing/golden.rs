@@ -130,10 +130,7 @@ pub fn manifest(repository: &Repository) -> Result<String> {
                 line(described);
             }
             for blob in entry.blobs() {
-                let (store, keys) = (repository.store(), repository.keys());
-                let pack =
-                    repository.packs(PackClass::Data).get(store, keys, blob.location.pack)?;
-                pack.read(store, keys, blob.location.ordinal, &blob.id, &mut scratch)?;
+                repository.read_blob(PackClass::Data, blob.location, &blob.id, &mut scratch)?;
                 let hash = blake3::hash(&scratch.plain).to_hex();
                 line(format!("  blob of {} bytes: {hash}", scratch.plain.len()));
             }

@@ -153,15 +153,13 @@ pub(crate) fn read_back(repository: &Repository, snapshot: &Snapshot) -> Result<
     let mut files = Files::new();
     let mut entries = EntryCursor::new(TreeCursor::new(repository, snapshot.root, snapshot.level));
     let mut scratch = ReadScratch::default();
-    let (store, keys) = (repository.store(), repository.keys());
     while let Some(entry) = entries.peek()? {
         let mut bytes = Vec::new();
         if let Some(Content::Inline(inline)) = entry.node().map(|node| &node.content) {
             bytes.extend_from_slice(inline);
         }
         for blob in entry.blobs() {
-            let pack = repository.packs(PackClass::Data).get(store, keys, blob.location.pack)?;
-            pack.read(store, keys, blob.location.ordinal, &blob.id, &mut scratch)?;
+            repository.read_blob(PackClass::Data, blob.location, &blob.id, &mut scratch)?;
             bytes.extend_from_slice(&scratch.plain);
         }
         files.insert(String::from_utf8(entry.path()).unwrap(), bytes);

@@ -134,7 +134,7 @@ impl<'a> Parent<'a> {
             all
         });
         let blobs = || leaf.leaf.entries[at].blobs();
-        all || blobs().all(|blob| writer.is_usable(blob.location.pack))
+        all || blobs().all(|blob| writer.is_usable_at(blob.location))
     }
 
     /// Whether the entry found is what `meta` describes, and may be taken over unread.

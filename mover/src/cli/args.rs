@@ -346,14 +346,27 @@ pub(super) struct Policy {
     pub(super) keep_within: Option<jiff::Span>,
 }
 
-#[derive(ClapArgs, Default)]
+#[derive(ClapArgs)]
 pub(super) struct Prune {
     /// How long a backup may give no sign of life before it is declared dead [default: 1h].
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(super) grace: Option<std::time::Duration>,
+    /// Unused data that may stay in packs that are in use, in percent of all data; what exceeds it is
+    /// freed by copying what is used into new packs. 100% copies nothing.
+    #[arg(long, value_name = "PERCENT", value_parser = percent, default_value = "5%")]
+    pub(super) max_unused: f64,
+    /// Copy at most so many bytes.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(super) max_repack: Option<u64>,
     /// Print what would be deleted, and change nothing.
     #[arg(long)]
     pub(super) dry_run: bool,
+}
+
+impl Default for Prune {
+    fn default() -> Self {
+        Self { grace: None, max_unused: 5.0, max_repack: None, dry_run: false }
+    }
 }
 
 #[derive(ClapArgs)]

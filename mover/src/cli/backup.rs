@@ -96,7 +96,7 @@ pub(super) fn run(
 
 fn open_or_create(global: &Global, args: &Backup, output: &Output) -> Result<Arc<Repository>> {
     if !args.init {
-        return secret::open(global);
+        return if args.dry_run { secret::open(global) } else { secret::open_to_write(global) };
     }
     let exists = match secret::store(global).ok().map(|store| Repository::identify(&*store)) {
         None => false,
@@ -109,7 +109,11 @@ fn open_or_create(global: &Global, args: &Backup, output: &Output) -> Result<Arc
             "there is no repository yet, and a dry run makes none: leave out --dry-run or --init"
         );
     }
-    if exists { secret::open(global) } else { keys::create(global, &Init::default(), output) }
+    if exists {
+        secret::open_to_write(global)
+    } else {
+        keys::create(global, &Init::default(), output)
+    }
 }
 
 fn exclude_rules(args: &Backup) -> Result<Option<Gitignore>> {

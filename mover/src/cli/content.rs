@@ -43,9 +43,7 @@ impl LastBlob {
             return Ok(());
         }
         self.id = None;
-        let (store, keys) = (repository.store(), repository.keys());
-        let pack = repository.packs(PackClass::Data).get(store, keys, blob.location.pack)?;
-        pack.read(store, keys, blob.location.ordinal, &blob.id, &mut self.scratch)?;
+        repository.read_blob(PackClass::Data, blob.location, &blob.id, &mut self.scratch)?;
         self.id = Some(blob.id);
         Ok(())
     }

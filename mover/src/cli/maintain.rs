@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use chunkstore::check::{self, CheckOptions, Finding, ReadData};
-use chunkstore::gc::{self, PruneSettings};
+use chunkstore::gc::{self, PruneSettings, RepackSettings};
 use chunkstore::retention;
 use serde::Serialize;
 
@@ -113,14 +113,24 @@ pub(super) fn forget(global: &Global, args: &Forget, output: &Output) -> Result<
 }
 
 pub(super) fn prune(global: &Global, args: &Prune, output: &Output) -> Result<u8> {
-    let repository = secret::open(global)?;
+    let repository =
+        if args.dry_run { secret::open(global)? } else { secret::open_to_write(global)? };
     let writer = format!(
         "{} process {}",
         rustix::system::uname().nodename().to_string_lossy(),
         std::process::id()
     );
-    let settings =
-        PruneSettings { grace: args.grace.unwrap_or(GRACE), dry_run: args.dry_run, writer };
+    let repack = RepackSettings {
+        max_unused_percent: args.max_unused,
+        max_bytes: args.max_repack.unwrap_or(u64::MAX),
+        pack_target_bytes: secret::resources(global)?.pack_target_bytes,
+    };
+    let settings = PruneSettings {
+        grace: args.grace.unwrap_or(GRACE),
+        dry_run: args.dry_run,
+        writer,
+        repack: (args.max_unused < 100.0).then_some(repack),
+    };
     let progress = |what: &str| tell(global, output, what);
     let report = gc::prune(&repository, &settings, now(), &progress)?;
     output.line(&report)?;

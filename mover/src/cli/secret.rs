@@ -63,6 +63,20 @@ pub(super) fn open(global: &Global) -> Result<Arc<Repository>> {
     Ok(Arc::new(Repository::open(store, &unlock)?))
 }
 
+/// Opens the repository named on the command line, after trying out whether its store still does what
+/// writers rely on.
+///
+/// # Errors
+/// As [`open`], and when it does not.
+pub(super) fn open_to_write(global: &Global) -> Result<Arc<Repository>> {
+    let repository = open(global)?;
+    // A folder cannot turn into another kind of store unnoticed.
+    if repository.store().traffic().is_some() {
+        repository.verify_register()?;
+    }
+    Ok(repository)
+}
+
 /// What opens repository `id`, given or found.
 ///
 /// # Errors
