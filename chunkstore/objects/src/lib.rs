@@ -16,6 +16,8 @@ mod error;
 mod key;
 pub mod local;
 pub mod probe;
+#[cfg(feature = "s3")]
+pub mod s3;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod traffic;

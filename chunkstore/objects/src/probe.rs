@@ -1,15 +1,126 @@
-//! Trying out what a store does.
-use crate::{Created, ObjectStore, Result};
-use std::io::IoSlice;
+//! Trying out what a store does, where its documentation cannot be relied on.
 
-/// Whether the store honours create-if-absent.
+use std::io::IoSlice;
+use std::thread;
+
+use crate::{Created, Error, ObjectStore, Result};
+
+/// Racing creators: enough that a store which looks first and writes then is caught.
+const RACERS: u8 = 8;
+
+/// Whether the store honours create-if-absent: two creates in turn, then a race.
+///
+/// Objects of random names are made in `folder` and deleted.
 ///
 /// # Errors
 /// Those of the store.
 pub fn create_if_absent(store: &dyn ObjectStore, folder: &str) -> Result<bool> {
-    let key = format!("{folder}probe");
-    let _ = store.create(&key, &[IoSlice::new(b"a")])?;
-    let second = store.create(&key, &[IoSlice::new(b"b")])?;
-    store.delete(&key)?;
-    Ok(second == Created::AlreadyExists)
+    let mut random = [0; 16];
+    getrandom::fill(&mut random).map_err(|error| {
+        Error::new(crate::ErrorKind::Io, "probe", folder).because(error.to_string())
+    })?;
+    let name: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+    let keys = [format!("{folder}{name}-turns"), format!("{folder}{name}-race")];
+    let honoured = probe(store, &keys);
+    let deleted = store.delete_all(&keys);
+    let honoured = honoured?;
+    deleted.map(|()| honoured)
+}
+
+fn probe(store: &dyn ObjectStore, [turns, race]: &[String; 2]) -> Result<bool> {
+    let create = |key: &str, body: u8| store.create(key, &[IoSlice::new(&[body])]);
+    if create(turns, 1)? != Created::New || create(turns, 2)? != Created::AlreadyExists {
+        return Ok(false);
+    }
+    if store.read(turns, 1)? != [1] {
+        return Ok(false);
+    }
+    let outcomes = thread::scope(|scope| {
+        let racers: Vec<_> =
+            (0..RACERS).map(|racer| scope.spawn(move || create(race, racer))).collect();
+        let died = || Error::new(crate::ErrorKind::Io, "probe", race.as_str());
+        racers
+            .into_iter()
+            .map(|racer| racer.join().unwrap_or_else(|_| Err(died())))
+            .collect::<Result<Vec<_>>>()
+    })?;
+    let winner = outcomes.iter().position(|outcome| *outcome == Created::New);
+    let winners = outcomes.iter().filter(|outcome| **outcome == Created::New).count();
+    let stored = store.read(race, 1)?;
+    Ok(winners == 1 && winner.is_some_and(|winner| stored == [winner as u8]))
+}
+
+#[cfg(all(test, feature = "testing"))]
+mod tests {
+    use std::io::Read;
+    use std::time::{Duration, SystemTime};
+
+    use super::*;
+    use crate::ObjectMeta;
+    use crate::testing::MemoryStore;
+
+    /// A store that ignores the condition, always or when others create at the same time.
+    struct Careless {
+        inner: MemoryStore,
+        only_in_races: bool,
+    }
+
+    impl ObjectStore for Careless {
+        fn create(&self, key: &str, parts: &[IoSlice<'_>]) -> Result<Created> {
+            if self.only_in_races && self.inner.stat(key).is_ok() {
+                return Ok(Created::AlreadyExists);
+            }
+            // Looks first and writes then.
+            thread::sleep(Duration::from_millis(20));
+            self.inner.replace(key, &parts.concat()).map(|()| Created::New)
+        }
+
+        fn replace(&self, key: &str, body: &[u8]) -> Result<()> {
+            self.inner.replace(key, body)
+        }
+
+        fn create_from(&self, key: &str, body: &mut dyn Read) -> Result<Created> {
+            self.inner.create_from(key, body)
+        }
+
+        fn read(&self, key: &str, limit: u64) -> Result<Vec<u8>> {
+            self.inner.read(key, limit)
+        }
+
+        fn read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<()> {
+            self.inner.read_at(key, offset, buf)
+        }
+
+        fn stat(&self, key: &str) -> Result<ObjectMeta> {
+            self.inner.stat(key)
+        }
+
+        fn list(&self, prefix: &str, each: &mut dyn FnMut(ObjectMeta) -> Result<()>) -> Result<()> {
+            self.inner.list(prefix, each)
+        }
+
+        fn delete(&self, key: &str) -> Result<()> {
+            self.inner.delete(key)
+        }
+
+        fn remove_unfinished(&self, older_than: Duration, now: SystemTime) -> Result<u64> {
+            self.inner.remove_unfinished(older_than, now)
+        }
+
+        fn location(&self) -> String {
+            self.inner.location()
+        }
+    }
+
+    #[test]
+    fn stores_that_ignore_the_condition_are_found_out() {
+        let good = MemoryStore::new();
+        assert!(create_if_absent(&good, "probes/").unwrap());
+        assert_eq!(good.keys(), [""; 0]);
+        for only_in_races in [false, true] {
+            let store = Careless { inner: MemoryStore::new(), only_in_races };
+            assert!(!create_if_absent(&store, "probes/").unwrap(), "{only_in_races}");
+            assert_eq!(store.inner.keys(), [""; 0]);
+        }
+    }
 }

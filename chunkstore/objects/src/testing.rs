@@ -14,6 +14,8 @@ pub mod contract;
 mod faulty;
 mod memory;
 mod recording;
+#[cfg(feature = "s3")]
+pub mod server;
 
 pub use faulty::{Fault, FaultyStore};
 pub use memory::MemoryStore;

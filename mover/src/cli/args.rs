@@ -26,9 +26,11 @@ pub(super) struct Args {
 
 #[derive(ClapArgs)]
 pub(super) struct Global {
-    /// The repository: a folder.
-    #[arg(long, short, global = true, env = "EBACKUP_REPO", value_name = "DIR")]
+    /// The repository: a folder, or s3://bucket/prefix.
+    #[arg(long, short, global = true, env = "EBACKUP_REPO", value_name = "REPO")]
     pub(super) repo: Option<String>,
+    #[command(flatten)]
+    pub(super) s3: S3,
     /// File whose first line is the password. Else EBACKUP_PASSWORD is used, if set.
     #[arg(long, global = true, env = "EBACKUP_PASSWORD_FILE", value_name = "FILE")]
     pub(super) password_file: Option<PathBuf>,
@@ -51,6 +53,51 @@ pub(super) struct Global {
     /// Print no progress.
     #[arg(long, short, global = true)]
     pub(super) quiet: bool,
+}
+
+/// How to reach a bucket.
+#[derive(ClapArgs, Clone)]
+#[command(next_help_heading = "Options for repositories in a bucket (OBS, S3)")]
+pub(super) struct S3 {
+    /// Where the bucket is: obs.cn-north-4.myhuaweicloud.com, https://host:port.
+    #[arg(long, global = true, env = "EBACKUP_ENDPOINT", value_name = "URL")]
+    pub(super) endpoint: Option<String>,
+    /// Region of the bucket [default: what the endpoint says, else us-east-1].
+    #[arg(long, global = true, env = "EBACKUP_REGION", value_name = "NAME")]
+    pub(super) region: Option<String>,
+    /// File with the access key: an AWS credentials file, or lines of HUAWEI_CLOUD_ACCESS_KEY_ID=… and
+    /// HUAWEI_CLOUD_SECRET_ACCESS_KEY=…. It may change at any time [default: AWS_ACCESS_KEY_ID and
+    /// AWS_SECRET_ACCESS_KEY, the HUAWEI_CLOUD_… variables, then ~/.aws/credentials].
+    #[arg(long, global = true, env = "EBACKUP_CREDENTIALS_FILE", value_name = "FILE")]
+    pub(super) credentials_file: Option<PathBuf>,
+    /// Profile in an AWS credentials file.
+    #[arg(
+        long,
+        global = true,
+        env = "AWS_PROFILE",
+        value_name = "NAME",
+        default_value = "default"
+    )]
+    pub(super) profile: String,
+    /// Certificates (PEM) to trust besides the system's.
+    #[arg(long, global = true, env = "EBACKUP_CA_FILE", value_name = "FILE")]
+    pub(super) ca_file: Option<PathBuf>,
+    /// Put the bucket's name into the path instead of the host name. OBS refuses that.
+    #[arg(long, global = true, env = "EBACKUP_PATH_STYLE")]
+    pub(super) path_style: bool,
+    /// Have the store verify what it receives: costs 1.5 seconds of CPU a GiB [default: only without
+    /// TLS, which verifies it already].
+    #[arg(long, global = true, value_name = "on|off", value_parser = on_off)]
+    pub(super) content_md5: Option<bool>,
+    /// Send at most so many bytes a second, all uploads together.
+    #[arg(long, global = true, value_name = "SIZE", value_parser = size)]
+    pub(super) limit_upload: Option<u64>,
+    /// Receive at most so many bytes a second, all downloads together.
+    #[arg(long, global = true, value_name = "SIZE", value_parser = size)]
+    pub(super) limit_download: Option<u64>,
+    /// Address of a host and those below it, as 's3.test:127.0.0.1', instead of asking the system.
+    #[arg(long, global = true, env = "EBACKUP_RESOLVE", value_name = "HOST:IP", value_parser = resolve)]
+    pub(super) resolve: Vec<(String, std::net::IpAddr)>,
 }
 
 #[derive(Subcommand)]
@@ -434,6 +481,21 @@ fn memory(text: &str) -> Result<u64, String> {
 fn tag(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("a tag has the form KEY=VALUE")?;
     Ok((key.to_owned(), value.to_owned()))
+}
+
+fn on_off(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("say 'on' or 'off'".to_owned()),
+    }
+}
+
+fn resolve(text: &str) -> Result<(String, std::net::IpAddr), String> {
+    let (host, address) = text.split_once(':').ok_or("give a host and an address: HOST:IP")?;
+    let address = address.trim_matches(['[', ']']).parse();
+    let address = address.map_err(|_| format!("'{text}' does not end in an IP address"))?;
+    Ok((host.to_owned(), address))
 }
 
 fn percent(text: &str) -> Result<f64, String> {

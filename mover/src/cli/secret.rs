@@ -17,9 +17,10 @@ use chunkstore::key_slot::{Unlock, hex, unhex};
 use chunkstore::repository::Repository;
 use objects::ObjectStore;
 use objects::local::LocalStore;
+use objects::s3::{Addressing, CredentialSource, S3Config, S3Store};
 
 use super::UsageError;
-use super::args::Global;
+use super::args::{self, Global};
 use crate::backup::{MEMORY_BYTES_MIN, Resources};
 
 /// First words of a key file.
@@ -98,17 +99,28 @@ pub(super) fn unlock(global: &Global, id: RepositoryId) -> Result<Unlock> {
     }
 }
 
+/// Where a repository is.
+pub(super) enum Place {
+    Folder(PathBuf),
+    /// A URL.
+    Bucket(String),
+}
+
 /// The store of the repository named on the command line.
 ///
 /// # Errors
 /// When none is named, or it does not exist.
 pub(super) fn store(global: &Global) -> Result<Arc<dyn ObjectStore>> {
-    let path = path(global)?;
-    if !path.exists() {
-        bail!("there is no repository at '{}': make one with 'ebackup init'", path.display());
+    match place(global.repo.as_deref())? {
+        Place::Bucket(url) => open_bucket(&url, &global.s3),
+        Place::Folder(path) if !path.exists() => {
+            bail!("there is no repository at '{}': make one with 'ebackup init'", path.display())
+        }
+        Place::Folder(path) => {
+            let store = LocalStore::open(&path);
+            Ok(Arc::new(store.with_context(|| cannot_open(&path))?))
+        }
     }
-    let store = LocalStore::open(&path);
-    Ok(Arc::new(store.with_context(|| cannot_open(&path))?))
 }
 
 /// The store for a new repository: its folder is made if need be, and must be empty.
@@ -116,17 +128,43 @@ pub(super) fn store(global: &Global) -> Result<Arc<dyn ObjectStore>> {
 /// # Errors
 /// When the folder cannot be made, or holds something else.
 pub(super) fn new_store(global: &Global) -> Result<Arc<dyn ObjectStore>> {
-    let path = path(global)?;
-    LocalStore::create_root(&path).with_context(|| cannot_open(&path))?;
-    let store = LocalStore::open(&path).with_context(|| cannot_open(&path))?;
+    let (store, place): (Arc<dyn ObjectStore>, String) = match place(global.repo.as_deref())? {
+        Place::Bucket(url) => (open_bucket(&url, &global.s3)?, url),
+        Place::Folder(path) => {
+            LocalStore::create_root(&path).with_context(|| cannot_open(&path))?;
+            let store = LocalStore::open(&path).with_context(|| cannot_open(&path))?;
+            if store.stat(chunkstore::record::CONFIG).is_err() {
+                refuse_other_files(&path)?;
+            }
+            return Ok(Arc::new(store));
+        }
+    };
     if store.stat(chunkstore::record::CONFIG).is_ok() {
-        return Ok(Arc::new(store));
+        return Ok(store);
     }
-    let names = fs::read_dir(&path).with_context(|| cannot_open(&path))?;
-    for name in names {
-        let name = name.with_context(|| cannot_open(&path))?.file_name();
+    // Keys are what an interrupted 'init' leaves.
+    let mut other = None;
+    let found = store.list("", &mut |meta| {
+        if meta.key.starts_with("keys/") || meta.key.starts_with("probes/") {
+            return Ok(());
+        }
+        other = Some(meta.key);
+        Err(objects::Error::new(objects::ErrorKind::Invalid, "list", ""))
+    });
+    match (found, other) {
+        (_, Some(other)) => bail!(
+            "'{place}' is no repository and not empty (it holds '{other}'): give another prefix"
+        ),
+        (found, None) => found?,
+    }
+    Ok(store)
+}
+
+fn refuse_other_files(path: &Path) -> Result<()> {
+    for name in fs::read_dir(path).with_context(|| cannot_open(path))? {
+        let name = name.with_context(|| cannot_open(path))?.file_name();
         // What an interrupted 'init' leaves, and what every new file system has.
-        if name != "keys" && name != "lost+found" {
+        if name != "keys" && name != "probes" && name != "lost+found" {
             bail!(
                 "'{}' is no repository and not empty (it holds '{}'): give an empty folder",
                 path.display(),
@@ -134,20 +172,52 @@ pub(super) fn new_store(global: &Global) -> Result<Arc<dyn ObjectStore>> {
             );
         }
     }
-    Ok(Arc::new(store))
+    Ok(())
 }
 
-fn path(global: &Global) -> Result<PathBuf> {
-    match global.repo.as_deref() {
+/// Tells folders from URLs.
+///
+/// # Errors
+/// When there is nothing, or another kind of URL.
+pub(super) fn place(repo: Option<&str>) -> Result<Place> {
+    match repo {
         None | Some("") => {
-            let message = "which repository? Give --repo DIR, or set EBACKUP_REPO".to_owned();
+            let message = "which repository? Give --repo DIR or --repo s3://bucket/prefix, or set \
+                           EBACKUP_REPO"
+                .to_owned();
             Err(UsageError(message).into())
         }
-        Some(url) if url.contains("://") => {
-            bail!("'{url}' is not a folder: this version keeps repositories in folders only")
+        Some(url) if url.starts_with("s3://") || url.starts_with("obs://") => {
+            Ok(Place::Bucket(url.to_owned()))
         }
-        Some(path) => Ok(PathBuf::from(path)),
+        Some(url) if url.contains("://") => {
+            let message = format!("'{url}' is neither a folder nor s3://bucket/prefix");
+            Err(UsageError(message).into())
+        }
+        Some(path) => Ok(Place::Folder(PathBuf::from(path))),
     }
+}
+
+fn open_bucket(url: &str, options: &args::S3) -> Result<Arc<dyn ObjectStore>> {
+    let credentials = match &options.credentials_file {
+        Some(path) => {
+            CredentialSource::File { path: path.clone(), profile: options.profile.clone() }
+        }
+        None => CredentialSource::Environment,
+    };
+    let config =
+        S3Config::new(url, options.endpoint.as_deref(), options.region.as_deref(), credentials)?;
+    let addressing = if options.path_style { Addressing::Path } else { Addressing::Auto };
+    let store = S3Store::open(S3Config {
+        addressing,
+        ca_file: options.ca_file.clone(),
+        content_md5: options.content_md5,
+        limit_upload: options.limit_upload,
+        limit_download: options.limit_download,
+        resolve: options.resolve.clone(),
+        ..config
+    });
+    Ok(Arc::new(store.with_context(|| format!("cannot use '{url}' as a repository"))?))
 }
 
 fn cannot_open(path: &Path) -> String {

@@ -38,16 +38,32 @@ behaviours! {
     deleted_object_can_be_created_anew,
     replace_creates_and_replaces,
     malformed_keys_are_rejected_by_every_operation,
-    key_is_never_also_a_folder,
     objects_are_visible_only_whole,
+    bodies_of_unknown_length_are_created_whole,
+    a_body_that_fails_creates_nothing,
+    the_tail_is_read_with_the_size,
+    many_objects_are_deleted_at_once,
+    dated_requests_take_effect_in_time,
 }
 
-/// Checks all behaviours, each on a new empty store from `make`.
+/// What stores of files show besides: elsewhere a key can be the folder of others, which nobody uses.
+pub const FOLDERS: &[(&str, Behaviour)] =
+    &[("key_is_never_also_a_folder", key_is_never_also_a_folder)];
+
+/// Checks all behaviours, also those of folders, each on a new empty store from `make`.
 ///
 /// # Panics
 /// With the names of the behaviours the store does not show.
 pub fn run_all(make: &dyn Fn() -> Box<dyn ObjectStore>) {
-    let failed: Vec<&str> = ALL
+    run(&[ALL, FOLDERS].concat(), make);
+}
+
+/// Checks `behaviours`, each on a new empty store from `make`.
+///
+/// # Panics
+/// With the names of the behaviours the store does not show.
+pub fn run(behaviours: &[(&'static str, Behaviour)], make: &dyn Fn() -> Box<dyn ObjectStore>) {
+    let failed: Vec<&str> = behaviours
         .iter()
         .filter(|(_, behaviour)| {
             let store = make();
@@ -393,6 +409,74 @@ pub fn objects_are_visible_only_whole(store: &dyn ObjectStore) {
         assert!(outcomes.iter().all(thread::Result::is_ok), "a writer failed");
     });
     assert_eq!(keys(store, "whole/").len(), 41);
+}
+
+/// Bodies that are read, of every length around those at which stores change their way.
+pub fn bodies_of_unknown_length_are_created_whole(store: &dyn ObjectStore) {
+    for len in [0, 1, 300 << 10, (8 << 20) - 1, 8 << 20, (8 << 20) + 1, (17 << 20) + 3] {
+        let content = noise(len);
+        let key = format!("stream/{len}");
+        let from = |mut content: &[u8]| store.create_from(&key, &mut content);
+        assert_eq!(from(&content).expect("create"), Created::New, "{len}");
+        assert_eq!(store.stat(&key).expect("stat").size, len as u64);
+        assert!(body(store, &key) == content, "{len} bytes differ");
+        assert_eq!(from(&noise(len / 2)).expect("create"), Created::AlreadyExists, "{len}");
+        assert!(body(store, &key) == content, "{len} bytes were replaced");
+    }
+}
+
+/// A body that ends by an error, in the first and in a later part.
+pub fn a_body_that_fails_creates_nothing(store: &dyn ObjectStore) {
+    struct Failing(u64);
+    impl std::io::Read for Failing {
+        fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+            let len = buf.len().min(usize::try_from(self.0).unwrap_or(usize::MAX));
+            self.0 -= len as u64;
+            if len == 0 { Err(std::io::Error::other("the source broke")) } else { Ok(len) }
+        }
+    }
+    for len in [0, 1000, 20 << 20] {
+        store.create_from("stream/failing", &mut Failing(len)).expect_err("it has to fail");
+        assert_eq!(kind(store.stat("stream/failing")), ErrorKind::NotFound, "{len}");
+    }
+    assert_eq!(keys(store, ""), [""; 0]);
+}
+
+/// Tails shorter, as long and longer than the object.
+pub fn the_tail_is_read_with_the_size(store: &dyn ObjectStore) {
+    let content = noise(1000);
+    let _ = create(store, "tail/object", &content);
+    let _ = create(store, "tail/empty", b"");
+    for limit in [0, 1, 999, 1000, 1001, 100_000] {
+        let (size, tail) = store.read_tail("tail/object", limit).expect("tail");
+        assert_eq!((size, &tail[..]), (1000, &content[1000 - limit.min(1000)..]), "{limit}");
+        assert_eq!(store.read_tail("tail/empty", limit).expect("tail"), (0, Vec::new()));
+    }
+    assert_eq!(kind(store.read_tail("tail/missing", 10)), ErrorKind::NotFound);
+}
+
+/// None, one, and more than fit one request; those that do not exist are no error.
+pub fn many_objects_are_deleted_at_once(store: &dyn ObjectStore) {
+    store.delete_all(&[]).expect("nothing");
+    store.delete_all(&["many/missing".to_owned()]).expect("one that is missing");
+    let names: Vec<String> = (0..1100).map(|n| format!("many/{n}")).collect();
+    for name in names.iter().filter(|name| !name.ends_with('7')) {
+        let _ = create(store, name, b"x");
+    }
+    let _ = create(store, "many-others", b"x");
+    store.delete_all(&names).expect("delete");
+    assert_eq!(keys(store, ""), ["many-others"]);
+    store.delete_dated(&["many-others".to_owned()], store.clock()).expect("delete");
+    assert_eq!(keys(store, ""), [""; 0]);
+    let malformed = ["fine".to_owned(), "../x".to_owned()];
+    assert_eq!(kind(store.delete_all(&malformed)), ErrorKind::Invalid);
+}
+
+/// A request dated now is as any other.
+pub fn dated_requests_take_effect_in_time(store: &dyn ObjectStore) {
+    store.replace_dated("dated/a", b"1", store.clock()).expect("replace");
+    store.replace_dated("dated/a", b"2", store.clock()).expect("replace");
+    assert_eq!(body(store, "dated/a"), b"2");
 }
 
 fn create(store: &dyn ObjectStore, key: &str, body: &[u8]) -> Created {

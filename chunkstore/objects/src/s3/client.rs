@@ -1,0 +1,152 @@
+//! The SDK's client, set up so that OBS and other S3 stores understand it.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use aws_sdk_s3::Client;
+use aws_sdk_s3::config::retry::RetryConfig;
+use aws_sdk_s3::config::timeout::TimeoutConfig;
+use aws_sdk_s3::config::{
+    BehaviorVersion, ConfigBag, IdentityCache, Intercept, Region, RequestChecksumCalculation,
+    ResponseChecksumValidation, RuntimeComponents, SharedHttpClient, StalledStreamProtectionConfig,
+};
+use aws_smithy_http_client::tls::{
+    Provider as TlsProvider, TlsContext, TrustStore, rustls_provider,
+};
+use aws_smithy_runtime_api::box_error::BoxError;
+use aws_smithy_runtime_api::client::dns::{DnsFuture, ResolveDns, ResolveDnsError};
+use aws_smithy_runtime_api::client::interceptors::context::BeforeTransmitInterceptorContextMut;
+use md5::{Digest, Md5};
+
+use super::config::S3Config;
+use super::credentials::Provider;
+use crate::{Error, ErrorKind, Result};
+
+/// How long connecting may take.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// How long the first byte of an answer may take after the last byte of the request.
+const FIRST_BYTE: Duration = Duration::from_secs(60);
+
+/// How long one attempt may take in all: 32 MiB at 100 KiB/s.
+const ATTEMPT: Duration = Duration::from_secs(330);
+
+pub(super) fn client(config: &S3Config, credentials: Arc<Provider>) -> Result<Client> {
+    let timeouts = TimeoutConfig::builder()
+        .connect_timeout(CONNECT)
+        .read_timeout(FIRST_BYTE)
+        .operation_attempt_timeout(ATTEMPT)
+        .build();
+    let mut builder = aws_sdk_s3::Config::builder()
+        .behavior_version(BehaviorVersion::latest())
+        .region(Region::new(config.region.clone()))
+        .credentials_provider(aws_credential_types::provider::SharedCredentialsProvider::from(
+            credentials as Arc<dyn aws_credential_types::provider::ProvideCredentials>,
+        ))
+        // The provider notices rotated keys; a cache would not.
+        .identity_cache(IdentityCache::no_cache())
+        .force_path_style(config.path_style())
+        // OBS, Ceph and others refuse the SDK's default: checksums in chunked trailers.
+        .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
+        .response_checksum_validation(ResponseChecksumValidation::WhenRequired)
+        // Retries are ours: they know whether an attempt may have taken effect, and count.
+        .retry_config(RetryConfig::disabled())
+        .disable_clock_skew_correction(true)
+        .disable_s3_express_session_auth(true)
+        .timeout_config(timeouts)
+        // A limit on bandwidth may stall an upload on purpose; the attempt's time ends a dead one.
+        .stalled_stream_protection(
+            StalledStreamProtectionConfig::enabled().upload_enabled(false).build(),
+        )
+        .http_client(http_client(config)?);
+    if let Some(endpoint) = &config.endpoint {
+        builder = builder.endpoint_url(endpoint);
+    }
+    Ok(Client::from_conf(builder.build()))
+}
+
+fn http_client(config: &S3Config) -> Result<SharedHttpClient> {
+    let mut trust = TrustStore::default();
+    if let Some(path) = &config.ca_file {
+        let fail = |why: String| {
+            Error::new(ErrorKind::Invalid, "use the certificates in", path.display().to_string())
+                .because(why)
+        };
+        let pem = std::fs::read(path).map_err(|error| fail(error.to_string()))?;
+        if !pem.windows(11).any(|window| window == b"-----BEGIN ") {
+            return Err(fail("it holds no certificate in PEM form".to_owned()));
+        }
+        trust = trust.with_pem_certificate(pem);
+    }
+    let tls = TlsContext::builder().with_trust_store(trust).build().map_err(|error| {
+        Error::new(ErrorKind::Invalid, "set up", "TLS").because(error.to_string())
+    })?;
+    let builder = aws_smithy_http_client::Builder::new()
+        .tls_provider(TlsProvider::Rustls(rustls_provider::CryptoMode::AwsLc))
+        .tls_context(tls);
+    Ok(if config.resolve.is_empty() {
+        builder.build_https()
+    } else {
+        builder.build_with_resolver(Overrides(config.resolve.clone()))
+    })
+}
+
+/// Resolves some names to given addresses, and the others as usual.
+#[derive(Debug, Clone)]
+struct Overrides(Vec<(String, IpAddr)>);
+
+impl ResolveDns for Overrides {
+    fn resolve_dns<'a>(&'a self, name: &'a str) -> DnsFuture<'a> {
+        let below = |domain: &str| {
+            name.strip_suffix(domain).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+        };
+        if let Some((_, address)) = self.0.iter().find(|(domain, _)| below(domain)) {
+            return DnsFuture::ready(Ok(vec![*address]));
+        }
+        DnsFuture::new(async move {
+            let found = tokio::net::lookup_host((name, 0)).await.map_err(ResolveDnsError::new)?;
+            Ok(found.map(|address| address.ip()).collect())
+        })
+    }
+}
+
+/// Gives a request whose body is in memory the MD5 that OBS and others ask of it, instead of the
+/// checksums that they do not know.
+#[derive(Debug)]
+pub(super) struct WithMd5;
+
+impl Intercept for WithMd5 {
+    fn name(&self) -> &'static str {
+        "WithMd5"
+    }
+
+    fn modify_before_signing(
+        &self,
+        context: &mut BeforeTransmitInterceptorContextMut<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> std::result::Result<(), BoxError> {
+        let request = context.request_mut();
+        let md5 = request.body().bytes().map(Md5::digest).ok_or("the body is not in memory")?;
+        let unknown: Vec<String> = request
+            .headers()
+            .iter()
+            .map(|(name, _)| name.to_owned())
+            .filter(|name| {
+                name.starts_with("x-amz-checksum-") || name == "x-amz-sdk-checksum-algorithm"
+            })
+            .collect();
+        let headers = request.headers_mut();
+        for name in unknown {
+            headers.remove(&*name);
+        }
+        headers.insert("content-md5", base64(&md5));
+        Ok(())
+    }
+}
+
+/// Base64 with padding (RFC 4648).
+pub(super) fn base64(bytes: &[u8]) -> String {
+    aws_smithy_types::base64::encode(bytes)
+}
