@@ -1,10 +1,13 @@
 //! `cargo xtask test`: everything that decides whether a change is good, in the order in which it
-//! fails fastest.
+//! fails fastest. `cargo xtask s3 up` and `down`: the S3 server that some tests need, for running them
+//! one by one.
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
+
+mod s3;
 
 /// One step: what it is, and the command.
 type Step = (&'static str, &'static [&'static str]);
@@ -61,9 +64,12 @@ const TEST: &[Step] = &[
 
 fn main() -> ExitCode {
     let task = std::env::args().nth(1);
-    let result = match task.as_deref() {
-        Some("test") => run(TEST),
-        _ => Err(anyhow::anyhow!("usage: cargo xtask test")),
+    let what = std::env::args().nth(2);
+    let result = match (task.as_deref(), what.as_deref()) {
+        (Some("test"), None) => run(TEST),
+        (Some("s3"), Some("up")) => s3::up().map(|_| ()),
+        (Some("s3"), Some("down")) => s3::down(),
+        _ => Err(anyhow::anyhow!("usage: cargo xtask test | s3 up | s3 down")),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -78,10 +84,11 @@ fn run(steps: &[Step]) -> Result<()> {
     let root =
         Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in the workspace")?;
     check_layers(root)?;
+    let server = Started(s3::up()?);
     for (name, command) in steps {
         say(&format!("== {name}: {}", command.join(" ")));
         let mut child = Command::new(command[0]);
-        child.args(&command[1..]).current_dir(root);
+        child.args(&command[1..]).current_dir(root).envs(server.0.iter().cloned());
         if *name == "documentation" {
             child.env("RUSTDOCFLAGS", "-D warnings");
         }
@@ -91,6 +98,17 @@ fn run(steps: &[Step]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The S3 server of the tests, stopped whatever becomes of them.
+struct Started(Vec<(String, String)>);
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        if let Err(error) = s3::down() {
+            say(&format!("xtask: {error:#}"));
+        }
+    }
 }
 
 /// The chunk store knows no command line, no Kubernetes and no wire protocol, and its pure parts know

@@ -43,6 +43,22 @@ impl Traffic {
     }
 }
 
+impl std::ops::Add for Traffic {
+    type Output = Self;
+
+    fn add(mut self, other: Self) -> Self {
+        for (requests, more) in self.requests.iter_mut().zip(other.requests) {
+            *requests += more;
+        }
+        Self {
+            retries: self.retries + other.retries,
+            bytes_sent: self.bytes_sent + other.bytes_sent,
+            bytes_received: self.bytes_received + other.bytes_received,
+            ..self
+        }
+    }
+}
+
 impl fmt::Display for Traffic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let of = |kind| self.of(kind);

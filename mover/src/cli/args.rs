@@ -1,10 +1,12 @@
 //! The command line as typed.
 
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use chunkstore::codec::compress::Level;
 use clap::builder::styling::Styles;
 use clap::{Args as ClapArgs, CommandFactory, Parser, Subcommand, ValueEnum};
+use objects::{ObjectStore, Traffic};
 
 use crate::backup::ChangedBy;
 use crate::restore::Overwrite;
@@ -53,6 +55,26 @@ pub(super) struct Global {
     /// Print no progress.
     #[arg(long, short, global = true)]
     pub(super) quiet: bool,
+    /// Stores opened so far, whose traffic the summary tells.
+    #[arg(skip)]
+    pub(super) opened: Opened,
+}
+
+/// Stores that are in use.
+#[derive(Clone, Default)]
+pub(super) struct Opened(Arc<Mutex<Vec<Arc<dyn ObjectStore>>>>);
+
+impl Opened {
+    /// Remembers a store.
+    pub(super) fn add(&self, store: Arc<dyn ObjectStore>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(store);
+    }
+
+    /// What all of them have sent and received, where that is billed.
+    pub(super) fn traffic(&self) -> Option<Traffic> {
+        let stores = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        stores.iter().filter_map(|store| store.traffic()).reduce(|a, b| a + b)
+    }
 }
 
 /// How to reach a bucket.

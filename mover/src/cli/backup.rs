@@ -22,7 +22,6 @@ use crate::monitor::{Monitor, Warning};
 /// The last line of `backup --json`.
 #[derive(Serialize)]
 struct SummaryLine {
-    r#type: &'static str,
     snapshot: Option<SnapshotId>,
     parent: Option<SnapshotId>,
     files: u64,
@@ -91,7 +90,7 @@ pub(super) fn run(
         }
         error.into()
     })?;
-    report(&outcome, &progress, args, output)
+    report(&outcome, &progress, global, args, output)
 }
 
 fn open_or_create(global: &Global, args: &Backup, output: &Output) -> Result<Arc<Repository>> {
@@ -192,7 +191,13 @@ fn estimate(
     }
 }
 
-fn report(outcome: &Outcome, progress: &Progress, args: &Backup, output: &Output) -> Result<u8> {
+fn report(
+    outcome: &Outcome,
+    progress: &Progress,
+    global: &Global,
+    args: &Backup,
+    output: &Output,
+) -> Result<u8> {
     let summary = outcome.summary;
     let (warnings, missing) = progress.warnings();
     let elapsed = progress.seconds();
@@ -224,8 +229,7 @@ fn report(outcome: &Outcome, progress: &Progress, args: &Backup, output: &Output
     if warnings > 0 {
         output.line(format!("{warnings} warnings; {missing} files or folders are not saved"))?;
     }
-    output.object(&SummaryLine {
-        r#type: "summary",
+    let line = SummaryLine {
         snapshot: outcome.id,
         parent: outcome.parent,
         files: summary.files,
@@ -240,6 +244,7 @@ fn report(outcome: &Outcome, progress: &Progress, args: &Backup, output: &Output
         warnings,
         seconds: elapsed,
         dry_run: args.dry_run,
-    })?;
+    };
+    output.summary(global, &line)?;
     Ok(if missing > 0 { INCOMPLETE } else { DONE })
 }

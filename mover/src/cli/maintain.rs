@@ -27,7 +27,7 @@ pub(super) fn check(global: &Global, args: &Check, output: &Output) -> Result<u8
     if args.repair_index {
         let summary = check::repair_index(&repository, &mut report, &progress)?;
         output.line(&summary)?;
-        output.object(&summary)?;
+        output.summary(global, &summary)?;
         broken_pipe?;
         return Ok(if summary.packs_damaged > 0 { INCOMPLETE } else { DONE });
     }
@@ -41,7 +41,7 @@ pub(super) fn check(global: &Global, args: &Check, output: &Output) -> Result<u8
         CheckOptions { read_data, threads: resources.check_threads(), unlock: Some(unlock) };
     let summary = check::check(&repository, &options, &mut report, &progress)?;
     output.line(&summary)?;
-    output.object(&summary)?;
+    output.summary(global, &summary)?;
     broken_pipe?;
     Ok(if summary.errors > 0 { FAILED } else { DONE })
 }
@@ -97,14 +97,13 @@ pub(super) fn forget(global: &Global, args: &Forget, output: &Output) -> Result<
     }
     #[derive(Serialize)]
     struct Forgot<'a> {
-        r#type: &'static str,
         forgotten: &'a [chunkstore::id::SnapshotId],
         dry_run: bool,
     }
     let dry_run = args.dry_run;
     let would = if dry_run { "would be " } else { "" };
     output.line(format!("{} snapshots {would}forgotten", forgotten.len()))?;
-    output.object(&Forgot { r#type: "summary", forgotten: &forgotten, dry_run })?;
+    output.summary(global, &Forgot { forgotten: &forgotten, dry_run })?;
     if args.prune && !dry_run {
         drop(repository);
         return prune(global, &Prune::default(), output);
@@ -134,14 +133,22 @@ pub(super) fn prune(global: &Global, args: &Prune, output: &Output) -> Result<u8
     let progress = |what: &str| tell(global, output, what);
     let report = gc::prune(&repository, &settings, now(), &progress)?;
     output.line(&report)?;
-    output.object(&report)?;
+    output.summary(global, &report)?;
     Ok(DONE)
 }
 
 pub(super) fn stats(global: &Global, output: &Output) -> Result<u8> {
     let repository = secret::open(global)?;
     let stats = gc::stats(&repository, &|what| tell(global, output, what))?;
+    let register = repository.register();
     output.line(stats)?;
-    output.object(&stats)?;
+    output.line(format!("commits    decided by {register}"))?;
+    #[derive(Serialize)]
+    struct Line {
+        #[serde(flatten)]
+        stats: gc::Stats,
+        register: chunkstore::repository::Register,
+    }
+    output.summary(global, &Line { stats, register })?;
     Ok(DONE)
 }

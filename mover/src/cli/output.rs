@@ -3,7 +3,10 @@
 use std::fmt::Display;
 use std::io::{self, Write};
 
+use objects::Kind;
 use serde::Serialize;
+
+use super::args::Global;
 
 /// Where results go.
 pub(super) struct Output {
@@ -30,6 +33,44 @@ impl Output {
     /// When standard output cannot be written.
     pub(super) fn object(&self, value: &impl Serialize) -> io::Result<()> {
         if self.json { write_line(&serde_json::to_string(value)?) } else { Ok(()) }
+    }
+
+    /// Ends the results: in JSON, an object that says so, with the stores' traffic; for people, who have
+    /// read the rest already, the traffic alone.
+    ///
+    /// # Errors
+    /// When standard output cannot be written.
+    pub(super) fn summary(&self, global: &Global, value: &impl Serialize) -> io::Result<()> {
+        let traffic = global.opened.traffic();
+        if !self.json {
+            return match traffic {
+                Some(traffic) => self.line(format!(
+                    "{traffic}, {} sent, {} received",
+                    bytes(traffic.bytes_sent),
+                    bytes(traffic.bytes_received)
+                )),
+                None => Ok(()),
+            };
+        }
+        let mut value = serde_json::to_value(value)?;
+        if let Some(fields) = value.as_object_mut() {
+            fields.insert("type".to_owned(), "summary".into());
+            if let Some(traffic) = traffic {
+                let of = |kind| traffic.of(kind);
+                let traffic = serde_json::json!({
+                    "write": of(Kind::Write),
+                    "read": of(Kind::Read),
+                    "stat": of(Kind::Stat),
+                    "list": of(Kind::List),
+                    "delete": of(Kind::Delete),
+                    "repeated": traffic.retries,
+                    "bytes_sent": traffic.bytes_sent,
+                    "bytes_received": traffic.bytes_received,
+                });
+                fields.insert("requests".to_owned(), traffic);
+            }
+        }
+        self.object(&value)
     }
 
     /// Tells of a failure, with what to do about it.

@@ -20,7 +20,6 @@ use crate::restore::{FilterResult, Request, RestoreOptions, RestoreSummary, rest
 /// The last line of `restore --json`.
 #[derive(Serialize)]
 struct SummaryLine {
-    r#type: &'static str,
     snapshot: SnapshotId,
     #[serde(flatten)]
     summary: RestoreSummary,
@@ -99,8 +98,7 @@ pub(super) fn run(
         }
     }
     let dry_run = args.dry_run;
-    let r#type = "summary";
-    output.object(&SummaryLine { r#type, snapshot: id, summary, seconds: elapsed, dry_run })?;
+    output.summary(global, &SummaryLine { snapshot: id, summary, seconds: elapsed, dry_run })?;
     Ok(if summary.files_failed > 0 { INCOMPLETE } else { DONE })
 }
 

@@ -60,6 +60,7 @@ pub(super) fn given(global: &Global) -> Result<Given> {
 /// When there is none, or the secret does not fit.
 pub(super) fn open(global: &Global) -> Result<Arc<Repository>> {
     let store = store(global)?;
+    global.opened.add(store.clone());
     let unlock = unlock(global, Repository::identify(&*store)?)?;
     Ok(Arc::new(Repository::open(store, &unlock)?))
 }
