@@ -51,11 +51,12 @@ pub struct WriterSettings {
     pub pack_target_bytes: usize,
     /// Data packs being filled or uploaded at once.
     pub pack_buffers: usize,
-    /// Uploads at once.
+    /// Uploads at once, each in a thread of its own; with 0, whoever fills a pack uploads it.
     pub uploads: usize,
     /// Memory for index filters.
     pub filter_bytes: usize,
-    /// How often the session's announcement is renewed.
+    /// How often the session's announcement is renewed; with zero, the caller does it, by
+    /// [`Writer::renew`].
     pub heartbeat: Duration,
 }
 
@@ -133,6 +134,8 @@ struct Packer {
     open: Option<PackBuilder>,
     free: Receiver<Vec<u8>>,
     uploads: Option<Sender<SealedPack>>,
+    /// Where a buffer goes that was uploaded here, when there are no threads for it.
+    back: Option<Sender<Vec<u8>>>,
 }
 
 /// Packs that may be referred to: those on the store that no garbage collection is about to delete.
@@ -197,14 +200,18 @@ impl Writer {
         usable: UsablePacks,
     ) -> Self {
         let (uploads, sealed) = crossbeam_channel::bounded(1);
-        let (data, data_buffers) = Packer::new(
+        let (mut data, data_buffers) = Packer::new(
             PackClass::Data,
             settings.pack_target_bytes,
             settings.pack_buffers,
             &uploads,
         );
-        let (meta, meta_buffers) =
+        let (mut meta, meta_buffers) =
             Packer::new(PackClass::Meta, META_PACK_TARGET_BYTES, META_PACK_BUFFERS, &uploads);
+        if settings.uploads == 0 {
+            data.back = Some(data_buffers.clone());
+            meta.back = Some(meta_buffers.clone());
+        }
         let own = RwLock::new(Index::empty(settings.filter_bytes / 2));
         let shared = Arc::new(Shared {
             repository,
@@ -224,7 +231,7 @@ impl Writer {
             session,
             settings,
         });
-        let uploaders = (0..shared.settings.uploads.max(1))
+        let uploaders = (0..shared.settings.uploads)
             .map(|_| {
                 let (shared, sealed) = (shared.clone(), sealed.clone());
                 let (data, meta) = (data_buffers.clone(), meta_buffers.clone());
@@ -239,11 +246,19 @@ impl Writer {
             })
             .collect();
         let (stop_heartbeat, stop) = crossbeam_channel::bounded(0);
-        let heartbeat = {
+        let heartbeat = (!shared.settings.heartbeat.is_zero()).then(|| {
             let shared = shared.clone();
             std::thread::spawn(move || shared.keep_alive(&stop))
-        };
-        Self { shared, uploaders, heartbeat: Some(heartbeat), stop_heartbeat }
+        });
+        Self { shared, uploaders, heartbeat, stop_heartbeat }
+    }
+
+    /// Gives a sign of life now.
+    ///
+    /// # Errors
+    /// `Fenced` when it comes too late; those of the store.
+    pub fn renew(&self) -> Result<()> {
+        self.shared.renew()
     }
 
     /// Name of the session, and of the snapshot it will be.
@@ -385,7 +400,7 @@ impl Packer {
             back.send(Vec::new()).expect("the receiver is held");
         }
         let uploads = Some(uploads.clone());
-        (Self { class, target, open: None, free, uploads }, back)
+        (Self { class, target, open: None, free, uploads, back: None }, back)
     }
 
     /// Adds a blob to the open pack, and closes the pack when it is full.
@@ -442,6 +457,11 @@ impl Packer {
         let Some(pack) = self.open.take() else {
             return Ok(());
         };
+        if let Some(back) = &self.back {
+            // There is room: the buffer came from there.
+            let _kept = back.send(shared.upload(pack.finish()));
+            return shared.check();
+        }
         let sent = self.uploads.as_ref().map(|uploads| uploads.send(pack.finish()));
         if let Some(Ok(())) = sent { Ok(()) } else { Err(shared.failure()) }
     }
@@ -592,11 +612,20 @@ impl Shared {
         {
             // A missed renewal is made up for by the next; whether it was one too many is decided
             // by the verdict alone.
-            let _missed = self.session.renew(&self.repository, self.repository.store().clock());
-            if matches!(session::is_dead(&self.repository, self.session.id), Ok(true)) {
-                return self.fail(session::fenced());
+            if let Err(error) = self.renew()
+                && error.kind() == ErrorKind::Fenced
+            {
+                return self.fail(error);
             }
         }
+    }
+
+    fn renew(&self) -> Result<()> {
+        let renewed = self.session.renew(&self.repository, self.repository.store().clock());
+        if session::is_dead(&self.repository, self.session.id)? {
+            return Err(session::fenced());
+        }
+        renewed
     }
 
     fn check(&self) -> Result<()> {

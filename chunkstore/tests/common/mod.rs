@@ -89,7 +89,7 @@ pub(crate) fn begin(repository: &Arc<Repository>) -> Result<Writer> {
     Writer::begin(repository.clone(), settings(), &session)
 }
 
-fn node(size: u64, content: Content) -> Node {
+pub(crate) fn node(size: u64, content: Content) -> Node {
     Node {
         kind: Kind::File,
         mode: 0o644,
@@ -127,8 +127,16 @@ pub(crate) fn fill(writer: &Writer, repository: &Repository, files: &Files) -> R
         tree.push(&Entry { key, body })?;
     }
     let (root, level) = tree.finish()?.expect("there are files");
-    let started = now(repository.store());
-    Ok(Snapshot {
+    Ok(snapshot(root, level, now(repository.store())))
+}
+
+/// A snapshot of a tree.
+pub(crate) fn snapshot(
+    root: chunkstore::tree::NodeRef,
+    level: u8,
+    started: jiff::Timestamp,
+) -> Snapshot {
+    Snapshot {
         root,
         level,
         lineage: "ns/pvc".into(),
@@ -140,7 +148,7 @@ pub(crate) fn fill(writer: &Writer, repository: &Repository, files: &Files) -> R
         parent: None,
         summary: Summary::default(),
         program: "test".into(),
-    })
+    }
 }
 
 pub(crate) fn backup(repository: &Arc<Repository>, files: &Files) -> Result<SnapshotId> {
