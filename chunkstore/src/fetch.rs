@@ -18,9 +18,6 @@ use crate::tree::BlobRef;
 /// Bytes read at once, unless one blob is larger.
 pub const READ_BYTES: usize = 4 << 20;
 
-/// How often a blob that is missing is looked for again at places it was relocated to meanwhile.
-const RELOCATIONS_FOLLOWED: u32 = 3;
-
 /// Wishes handled by one thread at a time: some 16 MiB, so that small restores are spread as well.
 const BLOBS_PER_TASK: usize = 16;
 
@@ -54,7 +51,7 @@ pub fn fetch(repository: &Repository, wants: Vec<Want>, threads: usize, deliver:
         .map(|want| Placed { at: relocations.newest(want.blob.location), want })
         .collect::<Vec<_>>();
     let mut fetch = Fetch { repository, relocations, deliver };
-    let _stopped = fetch.run(placed, threads, RELOCATIONS_FOLLOWED);
+    let _stopped = fetch.run(placed, threads);
 }
 
 /// Fetching with one state of the relocations.
@@ -67,7 +64,7 @@ struct Fetch<'a> {
 impl Fetch<'_> {
     /// Fetches all, and what is missing once more where it was relocated to since. Answers whether to
     /// go on.
-    fn run(&mut self, mut placed: Vec<Placed>, threads: usize, retries: u32) -> bool {
+    fn run(&mut self, mut placed: Vec<Placed>, threads: usize) -> bool {
         placed.sort_unstable_by_key(|placed| placed.at);
         let missing = Mutex::new(Vec::new());
         if !self.run_once(&placed, threads, &missing) {
@@ -77,10 +74,16 @@ impl Fetch<'_> {
         if missing.is_empty() {
             return true;
         }
-        // When they cannot be read now, the blobs are as good as missing.
-        let new = self.repository.reload_relocations().unwrap_or_else(|_| self.relocations.clone());
+        // They may have been relocated since; if the relocations are as before, they are missing.
+        let new = match self.repository.reload_relocations() {
+            Ok(new) => new,
+            Err(error) => {
+                let failed = missing.into_iter().map(|(placed, _)| (placed, error.duplicate()));
+                return fail_all(&failed.collect::<Vec<_>>(), self.deliver);
+            }
+        };
         let known = std::mem::replace(&mut self.relocations, new);
-        if retries == 0 || Arc::ptr_eq(&known, &self.relocations) {
+        if Arc::ptr_eq(&known, &self.relocations) {
             return fail_all(&missing, self.deliver);
         }
         let again = missing.into_iter().map(|(Placed { want, .. }, _)| {
@@ -88,7 +91,7 @@ impl Fetch<'_> {
             Placed { at, want }
         });
         let again = again.collect();
-        self.run(again, threads, retries - 1)
+        self.run(again, threads)
     }
 
     fn run_once(&self, placed: &[Placed], threads: usize, missing: &Missing) -> bool {

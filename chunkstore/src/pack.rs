@@ -289,12 +289,10 @@ impl Pack {
         id: PackId,
     ) -> Result<Self> {
         let name = class.object_name(id);
-        let size = store.stat(&name)?.size;
+        let (size, tail) = store.read_tail(&name, TAIL_BYTES_MAX)?;
         if size > PACK_BYTES_MAX + TAIL_BYTES_MAX as u64 {
             return Err(Error::corrupt(&name, "it is larger than a pack can be"));
         }
-        let mut tail = vec![0; TAIL_BYTES_MAX.min(size as usize)];
-        store.read_at(&name, size - tail.len() as u64, &mut tail)?;
         Self::from_tail(keys, class, id, name, tail, size)
     }
 

@@ -276,16 +276,20 @@ impl Repository {
         id: &BlobId,
         scratch: &mut ReadScratch,
     ) -> Result<()> {
-        let known = self.relocations();
-        match self.read_copy(&known, class, place, id, scratch) {
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                let new = self.reload_relocations()?;
-                if Arc::ptr_eq(&known, &new) {
-                    return Err(error);
+        let mut known = self.relocations();
+        loop {
+            match self.read_copy(&known, class, place, id, scratch) {
+                // It may have been copied, once more, since the relocations were read; if nothing
+                // was, it is gone.
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    let new = self.reload_relocations()?;
+                    if Arc::ptr_eq(&known, &new) {
+                        return Err(error);
+                    }
+                    known = new;
                 }
-                self.read_copy(&new, class, place, id, scratch)
+                result => return result,
             }
-            result => result,
         }
     }
 

@@ -583,7 +583,8 @@ impl Shared {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
             merged => merged?,
         };
-        segments.iter().try_for_each(|segment| Ok(store.delete(segment.name())?))
+        let names: Vec<String> = segments.iter().map(|one| one.name().to_owned()).collect();
+        Ok(store.delete_all(&names)?)
     }
 
     fn close_packs(&self) -> Result<()> {

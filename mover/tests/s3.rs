@@ -100,7 +100,16 @@ fn everything_works_as_in_a_folder() {
     assert!(first["requests"]["write"].as_u64().unwrap() >= 3, "{first}");
     fs::write(source.join("small/7"), b"changed").unwrap();
     fs::remove_file(source.join("small/8")).unwrap();
+    let cache = session.dir.path().join(".cache/ebackup");
+    let segments = || {
+        let own = fs::read_dir(&cache).unwrap().next().unwrap().unwrap().path();
+        fs::read_dir(own).unwrap().count()
+    };
+    assert_eq!(segments(), 1, "the index is kept on the node");
+    // And may be lost.
+    fs::remove_dir_all(&cache).unwrap();
     let second = session.summary(&["backup", text]);
+    assert_eq!(segments(), 2);
     assert!(second["bytes_stored"].as_u64().unwrap() < 1 << 20, "{second}");
     assert_eq!(session.run(&["snapshots"]).lines().count(), 3);
     let target = session.dir.path().join("restored");

@@ -12,6 +12,7 @@ use std::io::{IoSlice, Read};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+pub mod cached;
 mod error;
 mod key;
 pub mod local;

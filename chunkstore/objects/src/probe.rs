@@ -72,7 +72,8 @@ mod tests {
             }
             // Looks first and writes then.
             thread::sleep(Duration::from_millis(20));
-            self.inner.replace(key, &parts.concat()).map(|()| Created::New)
+            let body: Vec<u8> = parts.iter().flat_map(|part| part.to_vec()).collect();
+            self.inner.replace(key, &body).map(|()| Created::New)
         }
 
         fn replace(&self, key: &str, body: &[u8]) -> Result<()> {

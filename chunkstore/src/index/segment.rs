@@ -261,14 +261,13 @@ impl Segment {
     pub fn open(store: &dyn ObjectStore, keys: &Keyring, id: SegmentId) -> Result<Self> {
         let name = object_name(id);
         let damaged = |why: &'static str| Error::corrupt(&name, why);
-        let size = store.stat(&name)?.size;
+        let (size, tail) = store.read_tail(&name, 12)?;
         let mut head = [0; HEADER_BYTES];
         store.read_at(&name, 0, &mut head)?;
         let header = Header::decode(&name, &head)?;
         let cipher = ObjectCipher::open(keys, ObjectKind::Segment, &name, &header)?;
         let footer_end = size.checked_sub(12).ok_or_else(|| damaged("it is too short"))?;
-        let mut tail = [0; 12];
-        store.read_at(&name, footer_end, &mut tail)?;
+        let tail: [u8; 12] = tail.try_into().map_err(|_| damaged("it is too short"))?;
         if tail[4..] != TAIL_MAGIC {
             return Err(damaged("it does not end like a segment: it was cut off or extended"));
         }

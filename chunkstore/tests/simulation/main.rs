@@ -524,7 +524,7 @@ fn env(name: &str) -> Option<u64> {
 }
 
 /// Seeds that once failed.
-const REGRESSIONS: &[u64] = &[];
+const REGRESSIONS: &[u64] = &[10_600, 12_806];
 
 fn run_seeds(conditional: bool, count: u64) {
     let base = base(conditional);

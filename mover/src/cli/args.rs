@@ -111,6 +111,16 @@ pub(super) struct S3 {
     /// TLS, which verifies it already].
     #[arg(long, global = true, value_name = "on|off", value_parser = on_off)]
     pub(super) content_md5: Option<bool>,
+    /// Where to keep copies of the index [default: XDG_CACHE_HOME/ebackup or ~/.cache/ebackup]. It may be
+    /// deleted at any time.
+    #[arg(long, global = true, env = "EBACKUP_CACHE_DIR", value_name = "DIR")]
+    pub(super) cache_dir: Option<PathBuf>,
+    /// Most bytes the copies take.
+    #[arg(long, global = true, value_name = "SIZE", value_parser = size, default_value = "2G")]
+    pub(super) cache_size: u64,
+    /// Keep no copies: the index is read from the bucket, piece by piece.
+    #[arg(long, global = true)]
+    pub(super) no_cache: bool,
     /// Send at most so many bytes a second, all uploads together.
     #[arg(long, global = true, value_name = "SIZE", value_parser = size)]
     pub(super) limit_upload: Option<u64>,

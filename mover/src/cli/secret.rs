@@ -16,6 +16,7 @@ use chunkstore::id::RepositoryId;
 use chunkstore::key_slot::{Unlock, hex, unhex};
 use chunkstore::repository::Repository;
 use objects::ObjectStore;
+use objects::cached::CachedStore;
 use objects::local::LocalStore;
 use objects::s3::{Addressing, CredentialSource, S3Config, S3Store};
 
@@ -218,7 +219,24 @@ fn open_bucket(url: &str, options: &args::S3) -> Result<Arc<dyn ObjectStore>> {
         resolve: options.resolve.clone(),
         ..config
     });
-    Ok(Arc::new(store.with_context(|| format!("cannot use '{url}' as a repository"))?))
+    let store = Arc::new(store.with_context(|| format!("cannot use '{url}' as a repository"))?);
+    let Some(dir) = cache_dir(options).filter(|_| !options.no_cache) else {
+        return Ok(store);
+    };
+    // One store, one folder; a location is too long for a name.
+    let own = dir.join(blake3::hash(store.location().as_bytes()).to_hex().as_str());
+    let folder = chunkstore::index::FOLDER;
+    let cached = CachedStore::new(store.clone(), folder, &own, options.cache_size);
+    // Without a cache all works, only slower.
+    Ok(cached.map_or(store as Arc<dyn ObjectStore>, |cached| Arc::new(cached)))
+}
+
+fn cache_dir(options: &args::S3) -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    options.cache_dir.clone().or_else(|| {
+        let cache = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")));
+        cache.map(|cache| cache.join("ebackup"))
+    })
 }
 
 fn cannot_open(path: &Path) -> String {
