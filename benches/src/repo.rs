@@ -93,6 +93,7 @@ pub fn snapshot(root: (NodeRef, u8)) -> Snapshot {
         parent: None,
         summary: Summary::default(),
         program: "benches".into(),
+        copy_of: None,
     }
 }
 

@@ -82,6 +82,7 @@ fn make_repository(path: &Path) -> Result<(), Failure> {
             parent,
             summary: Summary { files: entries.len() as u64, ..Summary::default() },
             program: "make_fixture".into(),
+            copy_of: None,
         };
         let id = writer.commit(|_| snapshot)?;
         if let Some(parent) = parent.replace(id) {

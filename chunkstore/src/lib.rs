@@ -25,6 +25,7 @@
 pub mod check;
 pub mod chunker;
 pub mod codec;
+pub mod copy;
 pub mod error;
 pub mod fetch;
 pub mod gc;

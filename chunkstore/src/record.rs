@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::chunker::ChunkerConfig;
 use crate::codec::seal::{Keyring, ObjectKind, open_record, seal_record};
 use crate::error::{Error, Result};
-use crate::id::{GenerationId, PackId, SnapshotId};
+use crate::id::{GenerationId, PackId, RepositoryId, SnapshotId};
 use crate::limits::{RECORD_BYTES_MAX, TOMBSTONES_BYTES_MAX};
 use crate::tree::NodeRef;
 
@@ -87,6 +87,15 @@ pub struct Summary {
     pub files_unreadable: u64,
 }
 
+/// Where a copied snapshot comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// The repository it was copied from.
+    pub repository: RepositoryId,
+    /// Its name there.
+    pub snapshot: SnapshotId,
+}
+
 /// A committed snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
@@ -114,6 +123,9 @@ pub struct Snapshot {
     pub summary: Summary,
     /// Program and version that wrote it.
     pub program: String,
+    /// What it is a copy of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy_of: Option<Origin>,
 }
 
 /// How a session ended.

@@ -197,6 +197,7 @@ mod tests {
             parent: None,
             summary: crate::record::Summary::default(),
             program: String::new(),
+            copy_of: None,
         }
     }
 

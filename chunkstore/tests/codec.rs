@@ -70,6 +70,7 @@ fn snapshot() -> impl Strategy<Value = Snapshot> {
                     ..Summary::default()
                 },
                 program: "test".into(),
+                copy_of: None,
             }
         },
     )

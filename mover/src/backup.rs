@@ -142,6 +142,7 @@ pub fn backup(
         parent: parent_id,
         summary,
         program: concat!("ebackup ", env!("CARGO_PKG_VERSION")).to_owned(),
+        copy_of: None,
     };
     let id = writer.commit(|bytes_stored| {
         snapshot.summary.bytes_stored = bytes_stored;

@@ -6,6 +6,7 @@ mod args;
 mod backup;
 mod browse;
 mod content;
+mod copy;
 mod keys;
 mod maintain;
 mod output;
@@ -78,6 +79,7 @@ fn dispatch(args: &Args, output: &Output) -> Result<u8> {
         Command::Ls(ls) => browse::ls(global, ls, output),
         Command::Diff(diff) => browse::diff(global, diff, output),
         Command::Dump(dump) => browse::dump(global, dump, output),
+        Command::Copy(copy) => copy::run(global, copy, output, &watch_signals()?),
         Command::Check(check) => maintain::check(global, check, output),
         Command::Forget(forget) => maintain::forget(global, forget, output),
         Command::Prune(prune) => maintain::prune(global, prune, output),

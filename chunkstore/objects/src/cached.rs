@@ -86,7 +86,7 @@ impl CachedStore {
             let file = File::open(entry.path()).ok()?;
             if hash_of(&file).is_ok_and(|found| found == hash) {
                 // What was used last goes last. If that fails, it only goes sooner.
-                let _untouched = file.set_modified(SystemTime::now());
+                let _untouched = file.set_modified(crate::system_clock());
                 return Some(file);
             }
             let _gone = fs::remove_file(entry.path());
@@ -340,6 +340,7 @@ impl ObjectStore for CachedStore {
 }
 
 #[cfg(all(test, feature = "testing"))]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
     use crate::testing::{MemoryStore, Op, RecordingStore, contract};

@@ -29,6 +29,12 @@ pub use traffic::{Kind, Traffic};
 /// A store refuses a dated request when its own clock differs by more than this from the date.
 pub const DATE_TOLERANCE: Duration = Duration::from_secs(15 * 60);
 
+/// This machine's clock: the one place of the crate that reads it.
+#[expect(clippy::disallowed_methods, reason = "this is the one place")]
+fn system_clock() -> SystemTime {
+    SystemTime::now()
+}
+
 /// What a listing tells about one object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ObjectMeta {
@@ -109,7 +115,7 @@ pub trait ObjectStore: Send + Sync {
 
     /// This machine's clock, by which requests are dated. Only simulations have another one.
     fn clock(&self) -> SystemTime {
-        SystemTime::now()
+        system_clock()
     }
 
     /// Reads the whole object, refusing one larger than `limit` bytes before memory is taken.

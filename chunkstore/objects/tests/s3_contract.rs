@@ -1,19 +1,13 @@
 //! The store on S3 passes the contract against a real server, however it is addressed.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, SystemTime};
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::time::Duration;
 
 use objects::s3::{CredentialSource, S3Config, S3Store};
 use objects::testing::contract;
-use objects::testing::server::{SMALL_KEY, TestServer};
+use objects::testing::server::{SMALL_KEY, TestServer, fresh};
 use objects::{Created, ErrorKind, Kind, ObjectStore};
-
-/// A prefix that no other run used.
-fn fresh(name: &str) -> String {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
-    format!("{name}-{}-{}", now.as_nanos(), COUNT.fetch_add(1, Ordering::SeqCst))
-}
 
 fn run(config: impl Fn(&TestServer, &str) -> S3Config) {
     let server = TestServer::from_env();

@@ -148,6 +148,7 @@ pub(crate) fn snapshot(
         parent: None,
         summary: Summary::default(),
         program: "test".into(),
+        copy_of: None,
     }
 }
 

@@ -195,7 +195,7 @@ fn back_up(
     let mut files = parent.map(|(_, files)| files.clone()).unwrap_or_default();
     for _ in 0..2 + next(choice) % 3 {
         let name = format!("f{}", next(choice) % FILES);
-        if next(choice) % 5 == 0 {
+        if next(choice).is_multiple_of(5) {
             files.remove(&name);
         } else {
             files.insert(name, content(next(choice) % CONTENTS));
@@ -232,9 +232,9 @@ fn back_up(
             }
         };
         tree.push(&entry)?;
-        if next(choice) % 6 == 0 {
+        if next(choice).is_multiple_of(6) {
             world.sleep(client.id.unwrap(), next(choice) % 200);
-            if next(choice) % 2 == 0 {
+            if next(choice).is_multiple_of(2) {
                 writer.renew()?;
             }
         }
@@ -313,7 +313,7 @@ fn prune_once(stage: &Arc<Stage>, client: &Arc<Client>, repack: bool) -> Result<
 
 fn run_prune(stage: &Arc<Stage>, client: &Arc<Client>, mut choice: u64) {
     for _ in 0..3 + next(&mut choice) % 3 {
-        let _failed = prune_once(stage, client, next(&mut choice) % 3 > 0);
+        let _failed = prune_once(stage, client, !next(&mut choice).is_multiple_of(3));
         let gap = [100, 4000, 40_000][(next(&mut choice) % 3) as usize];
         stage.world.sleep(client.id.unwrap(), next(&mut choice) % gap);
     }

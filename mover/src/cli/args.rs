@@ -26,7 +26,7 @@ pub(super) struct Args {
     pub(super) command: Command,
 }
 
-#[derive(ClapArgs)]
+#[derive(ClapArgs, Clone)]
 pub(super) struct Global {
     /// The repository: a folder, or s3://bucket/prefix.
     #[arg(long, short, global = true, env = "EBACKUP_REPO", value_name = "REPO")]
@@ -55,6 +55,9 @@ pub(super) struct Global {
     /// Print no progress.
     #[arg(long, short, global = true)]
     pub(super) quiet: bool,
+    /// Environment variable with the password.
+    #[arg(skip = "EBACKUP_PASSWORD")]
+    pub(super) password_variable: &'static str,
     /// Stores opened so far, whose traffic the summary tells.
     #[arg(skip)]
     pub(super) opened: Opened,
@@ -165,6 +168,12 @@ pub(super) enum Command {
     ///
     /// Example: ebackup --repo /srv/backup dump latest etc/fstab
     Dump(Dump),
+    /// Copy snapshots from one repository to another.
+    ///
+    /// Those that were copied before are passed over.
+    ///
+    /// Example: ebackup copy --from /srv/backup --to s3://bucket/backup --endpoint obs.cn-north-4.myhuaweicloud.com
+    Copy(Copy),
     /// Verify that every snapshot can be restored.
     ///
     /// Example: ebackup --repo /srv/backup check --read-data-subset 5%
@@ -268,6 +277,43 @@ pub(super) struct Snapshots {
     /// Only those with this tag. May be given several times.
     #[arg(long, value_name = "KEY=VALUE", value_parser = tag)]
     pub(super) tag: Vec<(String, String)>,
+}
+
+#[derive(ClapArgs)]
+pub(super) struct Copy {
+    /// The repository to copy from: a folder, or s3://bucket/prefix.
+    #[arg(long, value_name = "REPO")]
+    pub(super) from: String,
+    /// The repository to copy to [default: that of --repo].
+    #[arg(long, value_name = "REPO")]
+    pub(super) to: Option<String>,
+    /// Snapshots to copy [default: all].
+    #[arg(value_name = "SNAPSHOT")]
+    pub(super) snapshots: Vec<String>,
+    /// Only those of this lineage.
+    #[arg(long, value_name = "NAME")]
+    pub(super) lineage: Option<String>,
+    /// Make the repository to copy to if there is none.
+    #[arg(long)]
+    pub(super) init: bool,
+    /// Tell what would be copied, and write nothing.
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    /// Password file of the repository to copy from. Else EBACKUP_FROM_PASSWORD is used, if set.
+    #[arg(long, value_name = "FILE")]
+    pub(super) from_password_file: Option<PathBuf>,
+    /// Key file of the repository to copy from.
+    #[arg(long, value_name = "FILE", conflicts_with = "from_password_file")]
+    pub(super) from_key_file: Option<PathBuf>,
+    /// Where the bucket to copy from is [default: as --endpoint].
+    #[arg(long, value_name = "URL")]
+    pub(super) from_endpoint: Option<String>,
+    /// Region of the bucket to copy from [default: as --region].
+    #[arg(long, value_name = "NAME")]
+    pub(super) from_region: Option<String>,
+    /// File with the access key of the bucket to copy from [default: as --credentials-file].
+    #[arg(long, value_name = "FILE")]
+    pub(super) from_credentials_file: Option<PathBuf>,
 }
 
 /// Which snapshot.

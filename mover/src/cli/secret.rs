@@ -48,8 +48,10 @@ pub(super) fn given(global: &Global) -> Result<Given> {
     if let Some(path) = &global.key_file {
         return Ok(Given::Unlock(Unlock::KeyFile(read_key_file(path)?)));
     }
-    match std::env::var_os("EBACKUP_PASSWORD") {
-        Some(password) if password.is_empty() => bail!("EBACKUP_PASSWORD is set, but empty"),
+    match std::env::var_os(global.password_variable) {
+        Some(password) if password.is_empty() => {
+            bail!("{} is set, but empty", global.password_variable)
+        }
         Some(password) => Ok(Given::Unlock(Unlock::Passphrase(password.into_encoded_bytes()))),
         None => Ok(Given::Default),
     }

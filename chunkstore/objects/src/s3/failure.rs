@@ -121,7 +121,7 @@ pub(super) fn answered(
     let about = |kind, advice: &str| Failure::new(kind, format!("{said}; {advice}"));
     let failure = match (code, status) {
         ("RequestTimeTooSkewed" | "RequestExpired", _) => {
-            let here = SystemTime::now()
+            let here = crate::system_clock()
                 .duration_since(SystemTime::UNIX_EPOCH)
                 .map_or_else(|_| "before 1970".to_owned(), |now| utc(now.as_secs()));
             let there = date.unwrap_or("unknown");

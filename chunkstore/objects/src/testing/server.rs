@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::SystemTime;
 
 use aws_sdk_s3::Client;
 
@@ -24,6 +26,13 @@ pub struct TestServer {
 
 /// Access key of a user who may store 4 MiB; the secret is the same.
 pub const SMALL_KEY: &str = "smallaccesskey";
+
+/// A name that no other test and no earlier run used.
+pub fn fresh(name: &str) -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let now = crate::system_clock().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    format!("{name}-{}-{}", now.as_nanos(), COUNT.fetch_add(1, Ordering::SeqCst))
+}
 
 impl TestServer {
     /// The server named by the environment.
