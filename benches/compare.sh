@@ -48,16 +48,7 @@ export XDG_CONFIG_HOME=$WORK/config XDG_CACHE_HOME=$WORK/cache RESTIC_PASSWORD=b
 say() { echo "$@" >&2; }
 
 # --- tools -------------------------------------------------------------------------------------------
-fetch_restic() { # the newest Debian package, unpacked beside the system
-  local mirror=http://deb.debian.org/debian package temp
-  temp=$(mktemp -d)
-  package=$(curl -fsS $mirror/dists/sid/main/binary-amd64/Packages.xz | xz -d |
-    awk '/^Package: /{p=$2} /^Filename: /{if (p=="restic") print $2}')
-  curl -fsS -o "$temp/restic.deb" "$mirror/$package"
-  dpkg-deb -x "$temp/restic.deb" "${RESTIC%/usr/bin/restic}"
-  rm -r "$temp"
-}
-[ -x "$RESTIC" ] || { say "fetching restic"; fetch_restic; }
+[ -x "$RESTIC" ] || { say "fetching restic"; benches/fetch-restic.sh "${RESTIC%/usr/bin/restic}"; }
 TOOLS=(ebackup ebackup-128M restic)
 if [ -x "$RUSTIC" ]; then
   TOOLS+=(rustic)
