@@ -46,11 +46,14 @@ impl Resources {
         let memory_bytes = memory_bytes.max(MEMORY_BYTES_MIN);
         let free = memory_bytes - FIXED_BYTES;
         // With a tenth of the rest for each pack, the least budget leaves room for one worker.
-        let pack = (free / 10).min(PACK_TARGET_BYTES_MAX as u64) as usize;
-        let pack_target_bytes = pack.max(PACK_TARGET_BYTES_MIN);
-        let mut resources = Self { memory_bytes, workers: 1, pack_target_bytes };
-        let left = free.saturating_sub(resources.shared_bytes()) / WORKER_BYTES;
-        resources.workers = (left as usize).clamp(1, cpus.max(1));
+        let pack = ((free / 10) as usize).clamp(PACK_TARGET_BYTES_MIN, PACK_TARGET_BYTES_MAX);
+        let mut resources = Self { memory_bytes, workers: 1, pack_target_bytes: pack };
+        let left = |resources: &Self| free.saturating_sub(resources.shared_bytes());
+        let workers = (left(&resources) / WORKER_BYTES) as usize;
+        resources.workers = workers.clamp(1, cpus.max(1));
+        // What the workers leave makes larger packs, which are fewer requests.
+        let spare = left(&resources).saturating_sub(resources.workers as u64 * WORKER_BYTES) / 3;
+        resources.pack_target_bytes = (pack + spare as usize).min(PACK_TARGET_BYTES_MAX);
         resources
     }
 
@@ -119,6 +122,8 @@ mod tests {
                 let whole = (mib << 20).max(MEMORY_BYTES_MIN);
                 assert!(total <= whole, "{mib} MiB, {cpus} cpus: {total} in {resources:?}");
                 assert!(resources.workers >= 1);
+                let largest = resources.pack_target_bytes == PACK_TARGET_BYTES_MAX;
+                assert!(largest || mib < 256 || cpus > 2, "{mib} MiB, {cpus} cpus: {resources:?}");
             }
         }
     }

@@ -29,8 +29,8 @@ const CONNECT: Duration = Duration::from_secs(10);
 /// How long the first byte of an answer may take after the last byte of the request.
 const FIRST_BYTE: Duration = Duration::from_secs(60);
 
-/// How long one attempt may take in all: 32 MiB at 100 KiB/s.
-const ATTEMPT: Duration = Duration::from_secs(330);
+/// How long one attempt may take in all: 40 MiB at 100 KiB/s.
+const ATTEMPT: Duration = Duration::from_secs(420);
 
 pub(super) fn client(config: &S3Config, credentials: Arc<Provider>) -> Result<Client> {
     let timeouts = TimeoutConfig::builder()
