@@ -1,5 +1,5 @@
 //! Makes the seeds of the fuzz targets and the golden repository anew, after a change of the format:
-//! `cargo run -p chunkstore --example make_fixture`.
+//! `cargo run -p chunkstore --all-features --example make_fixture`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,6 +9,7 @@ use std::sync::Arc;
 use chunkstore::chunker::ChunkerConfig;
 use chunkstore::codec::compress::{Compressor, Level};
 use chunkstore::codec::seal::Secret;
+use chunkstore::gc::{PruneSettings, RepackSettings, prune};
 use chunkstore::key_slot::{self, KdfCost, Unlock};
 use chunkstore::record::{Session, Snapshot, Summary};
 use chunkstore::repository::Repository;
@@ -26,7 +27,7 @@ fn main() -> Result<(), Failure> {
         fs::create_dir_all(&folder)?;
         fs::write(folder.join(name), bytes)?;
     }
-    let folder = here.join("testdata/format-v0");
+    let folder = here.join("testdata/format-v1");
     if folder.exists() {
         fs::remove_dir_all(&folder)?;
     }
@@ -39,7 +40,8 @@ fn main() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Two snapshots of one lineage, one of which is forgotten, and two keys.
+/// Two snapshots of one lineage, one of which is forgotten and pruned, so that the other's blobs were
+/// relocated; and two keys.
 fn make_repository(path: &Path) -> Result<(), Failure> {
     let store = Arc::new(LocalStore::open(path)?);
     let now = |second: i64| jiff::Timestamp::from_second(1_790_000_000 + second);
@@ -89,5 +91,10 @@ fn make_repository(path: &Path) -> Result<(), Failure> {
             repository.forget(parent, now(30)?)?;
         }
     }
+    let repack = RepackSettings { max_unused_percent: 0.0, ..RepackSettings::default() };
+    let settings = PruneSettings { repack: Some(repack), ..PruneSettings::default() };
+    let report = prune(&repository, &settings, now(40)?, &|_| {})?;
+    assert!(report.repacked.is_some_and(|repacked| repacked.blobs_copied > 0));
+    assert!(report.packs_deleted > 0);
     Ok(())
 }

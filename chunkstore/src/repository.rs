@@ -139,9 +139,8 @@ impl Repository {
     /// # Errors
     /// `Invalid` when it does not; those of the store.
     pub fn verify_register(&self) -> Result<()> {
-        if self.register() == Register::CreateIfAbsent
-            && probe(&*self.store)? == Register::TimeFenced
-        {
+        let found = probe(&*self.store)?;
+        if self.register() == Register::CreateIfAbsent && found == Register::TimeFenced {
             return Err(Error::invalid(format!(
                 "the store at '{}' replaces objects that were to be created only if absent, on \
                  which this repository relies (was it moved here from another store?): make a new \

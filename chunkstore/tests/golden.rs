@@ -1,7 +1,7 @@
 //! A repository written by an earlier build still reads the same, to the byte.
 //!
 //! If this fails and the format was meant to change:
-//! `cargo run -p chunkstore --example make_fixture`, and say so in the change.
+//! `cargo run -p chunkstore --all-features --example make_fixture`, and say so in the change.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use chunkstore::key_slot::Unlock;
 use chunkstore::testing::golden;
 
 fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/format-v0")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/format-v1")
 }
 
 #[test]
@@ -57,7 +57,9 @@ fn the_golden_repository_is_small_and_has_every_folder() {
         }
     }
     assert!(bytes < 200 << 10, "{bytes} bytes");
-    for name in ["config", "keys", "packs", "meta", "index", "snapshots", "forgotten"] {
+    for name in
+        ["config", "keys", "packs", "meta", "index", "snapshots", "forgotten", "relocations"]
+    {
         assert!(folder().join("repository").join(name).exists(), "{name}");
     }
 }

@@ -8,12 +8,13 @@ use crate::{Created, Error, ObjectStore, Result};
 /// Racing creators: enough that a store which looks first and writes then is caught.
 const RACERS: u8 = 8;
 
-/// Whether the store honours create-if-absent: two creates in turn, then a race.
+/// Whether the store honours create-if-absent: two creates in turn, then a race. Sees on the way that
+/// listings show what was written just before, which no store that we know of denies any more.
 ///
 /// Objects of random names are made in `folder` and deleted.
 ///
 /// # Errors
-/// Those of the store.
+/// `Invalid` when a listing lags behind; those of the store.
 pub fn create_if_absent(store: &dyn ObjectStore, folder: &str) -> Result<bool> {
     let mut random = [0; 16];
     getrandom::fill(&mut random).map_err(|error| {
@@ -21,13 +22,29 @@ pub fn create_if_absent(store: &dyn ObjectStore, folder: &str) -> Result<bool> {
     })?;
     let name: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
     let keys = [format!("{folder}{name}-turns"), format!("{folder}{name}-race")];
-    let honoured = probe(store, &keys);
+    let found = creates(store, &keys)
+        .and_then(|honoured| see_listed(store, folder, &keys[0]).map(|()| honoured));
     let deleted = store.delete_all(&keys);
-    let honoured = honoured?;
+    let honoured = found?;
     deleted.map(|()| honoured)
 }
 
-fn probe(store: &dyn ObjectStore, [turns, race]: &[String; 2]) -> Result<bool> {
+/// Sees that the object, which was written just now, is listed.
+fn see_listed(store: &dyn ObjectStore, folder: &str, key: &str) -> Result<()> {
+    let mut seen = false;
+    store.list(folder, &mut |meta| {
+        seen |= meta.key == key;
+        Ok(())
+    })?;
+    if seen {
+        return Ok(());
+    }
+    let why = "its listings do not show at once what was written, so nobody could tell what may be \
+               deleted; use a store whose listings are strongly consistent, as those of OBS and S3 are";
+    Err(Error::new(crate::ErrorKind::Invalid, "use", store.location()).because(why))
+}
+
+fn creates(store: &dyn ObjectStore, [turns, race]: &[String; 2]) -> Result<bool> {
     let create = |key: &str, body: u8| store.create(key, &[IoSlice::new(&[body])]);
     if create(turns, 1)? != Created::New || create(turns, 2)? != Created::AlreadyExists {
         return Ok(false);
@@ -63,6 +80,7 @@ mod tests {
     struct Careless {
         inner: MemoryStore,
         only_in_races: bool,
+        lists_late: bool,
     }
 
     impl ObjectStore for Careless {
@@ -97,7 +115,7 @@ mod tests {
         }
 
         fn list(&self, prefix: &str, each: &mut dyn FnMut(ObjectMeta) -> Result<()>) -> Result<()> {
-            self.inner.list(prefix, each)
+            if self.lists_late { Ok(()) } else { self.inner.list(prefix, each) }
         }
 
         fn delete(&self, key: &str) -> Result<()> {
@@ -119,9 +137,17 @@ mod tests {
         assert!(create_if_absent(&good, "probes/").unwrap());
         assert_eq!(good.keys(), [""; 0]);
         for only_in_races in [false, true] {
-            let store = Careless { inner: MemoryStore::new(), only_in_races };
+            let store = Careless { inner: MemoryStore::new(), only_in_races, lists_late: false };
             assert!(!create_if_absent(&store, "probes/").unwrap(), "{only_in_races}");
             assert_eq!(store.inner.keys(), [""; 0]);
         }
+    }
+
+    #[test]
+    fn a_store_whose_listing_lags_behind_is_refused() {
+        let store = Careless { inner: MemoryStore::new(), only_in_races: true, lists_late: true };
+        let error = create_if_absent(&store, "probes/").unwrap_err();
+        assert_eq!(error.kind(), crate::ErrorKind::Invalid);
+        assert_eq!(store.inner.keys(), [""; 0]);
     }
 }

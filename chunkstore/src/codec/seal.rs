@@ -21,7 +21,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::{RepositoryId, random_bytes};
 
 /// Version of the format this program reads and writes.
-pub const FORMAT_VERSION: u16 = 0;
+pub const FORMAT_VERSION: u16 = 1;
 
 /// First bytes of every object.
 pub const MAGIC: [u8; 8] = *b"EBACKUP\n";
@@ -79,10 +79,10 @@ impl ObjectKind {
 
 /// Names of the key classes, as they enter the derivation.
 const CLASSES: [&str; 4] = [
-    "ebackup repository v0 data packs",
-    "ebackup repository v0 meta packs",
-    "ebackup repository v0 index segments",
-    "ebackup repository v0 records",
+    "ebackup repository v1 data packs",
+    "ebackup repository v1 meta packs",
+    "ebackup repository v1 index segments",
+    "ebackup repository v1 records",
 ];
 
 /// A 32-byte secret that is wiped when dropped.
@@ -127,9 +127,9 @@ impl Keyring {
         let first = first.ok_or_else(|| Error::corrupt("key slot", "it holds no usable key"))?;
         Ok(Self {
             repository,
-            data_id: first.derive("ebackup repository v0 data blob ids"),
-            node_id: first.derive("ebackup repository v0 node blob ids"),
-            cut: first.derive("ebackup repository v0 cut points"),
+            data_id: first.derive("ebackup repository v1 data blob ids"),
+            node_id: first.derive("ebackup repository v1 node blob ids"),
+            cut: first.derive("ebackup repository v1 cut points"),
             classes: epochs.iter().map(|epoch| CLASSES.map(|name| epoch.derive(name))).collect(),
             epochs,
         })
@@ -310,7 +310,7 @@ pub fn open_record(
 
 /// A cipher for key slots, whose key comes from a passphrase or key file rather than a keyring.
 pub(crate) fn slot_cipher(secret: &Secret, binding: &[u8]) -> (ObjectCipher, [u8; 32]) {
-    let mut hasher = blake3::Hasher::new_derive_key("ebackup repository v0 key slot");
+    let mut hasher = blake3::Hasher::new_derive_key("ebackup repository v1 key slot");
     hasher.update(&secret.0).update(binding);
     let (key, commitment) = split(hasher);
     (ObjectCipher { key }, commitment)
