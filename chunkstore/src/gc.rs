@@ -565,7 +565,8 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Old marks, writes that never ended, and announcements of garbage collections that have died.
+    /// Old marks, probes and writes that never ended, and announcements of garbage collections that
+    /// have died.
     fn delete_marks(&self, begun: &Begun) -> Result<()> {
         let Self { repository, store_now, .. } = *self;
         let store = repository.store();
@@ -589,6 +590,12 @@ impl Run<'_> {
                 stale.push(record::forgotten_name(id));
             }
         }
+        store.list(record::PROBES, &mut |probe| {
+            if facts::age(&probe, store_now) > UNFINISHED_KEPT {
+                stale.push(probe.key);
+            }
+            Ok(())
+        })?;
         self.delete(&stale)?;
         store.remove_unfinished(UNFINISHED_KEPT, store_now)?;
         for session in facts::sessions(repository, store_now)? {

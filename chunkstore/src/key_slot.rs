@@ -189,6 +189,24 @@ pub fn open(store: &dyn ObjectStore, repository: RepositoryId, unlock: &Unlock) 
     Err(Error::new(ErrorKind::WrongKey, message))
 }
 
+/// The slots that `unlock` opens.
+///
+/// # Errors
+/// When the folder cannot be listed.
+pub fn opened_by(
+    store: &dyn ObjectStore,
+    repository: RepositoryId,
+    unlock: &Unlock,
+) -> Result<Vec<SlotId>> {
+    let slots = read_all(store)?;
+    let opened = slots.iter().filter(|slot| {
+        slot.repository == repository
+            && slot.info.kind == unlock.kind()
+            && try_open(slot, unlock).is_some()
+    });
+    Ok(opened.map(|slot| slot.info.slot).collect())
+}
+
 fn try_open(slot: &SlotObject, unlock: &Unlock) -> Option<Vec<Secret>> {
     let salt = unhex(&slot.salt)?;
     let cost = match slot.info.kind {

@@ -329,6 +329,27 @@ impl Repository {
         }
     }
 
+    /// Reads one snapshot.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none of this name, or it was forgotten; `Corrupt`, and those of the store.
+    pub fn snapshot(&self, id: SnapshotId) -> Result<Snapshot> {
+        let missing = |why| {
+            let message = format!("there is no snapshot {id} at '{}'{why}", self.store.location());
+            Error::new(ErrorKind::NotFound, message)
+        };
+        let snapshot = match self.verdict(id)? {
+            Some(Verdict::Snapshot(snapshot)) => *snapshot,
+            Some(Verdict::Fenced { .. }) => return Err(missing(": its backup never ended")),
+            None => return Err(missing("")),
+        };
+        match self.store.stat(&record::forgotten_name(id)) {
+            Ok(_) => Err(missing(": it was forgotten")),
+            Err(error) if error.kind() == objects::ErrorKind::NotFound => Ok(snapshot),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Reads all snapshots.
     ///
     /// # Errors

@@ -168,6 +168,21 @@ fn a_silent_session_holds_up_deletion_until_the_grace_is_over_and_then_cannot_co
 }
 
 #[test]
+fn probes_that_their_writer_could_not_delete_go_when_no_one_can_need_them() {
+    let Three { store, repository, .. } = three();
+    let probe = |name: &str| {
+        let key = format!("{}{name}", chunkstore::record::PROBES);
+        objects::ObjectStore::replace(&*store, &key, b"1").unwrap();
+    };
+    probe("old-turns");
+    store.set_now(hour(25 + 24));
+    probe("young-race");
+    assert_clean(&repository, "with probes");
+    run_prune(&repository);
+    assert_eq!(keys(&*store, chunkstore::record::PROBES), ["probes/young-race"]);
+}
+
+#[test]
 fn a_session_that_gives_signs_of_life_is_waited_for() {
     let Three { store, repository, mut expected, ids } = three();
     let writer = begin(&repository).unwrap();

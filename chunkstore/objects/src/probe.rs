@@ -3,7 +3,7 @@
 use std::io::IoSlice;
 use std::thread;
 
-use crate::{Created, Error, ObjectStore, Result};
+use crate::{Created, Error, ErrorKind, ObjectStore, Result};
 
 /// Racing creators: enough that a store which looks first and writes then is caught.
 const RACERS: u8 = 8;
@@ -11,22 +11,25 @@ const RACERS: u8 = 8;
 /// Whether the store honours create-if-absent: two creates in turn, then a race. Sees on the way that
 /// listings show what was written just before, which no store that we know of denies any more.
 ///
-/// Objects of random names are made in `folder` and deleted.
+/// Objects of random names are made in `folder` and deleted, unless the user has no right to.
 ///
 /// # Errors
 /// `Invalid` when a listing lags behind; those of the store.
 pub fn create_if_absent(store: &dyn ObjectStore, folder: &str) -> Result<bool> {
     let mut random = [0; 16];
-    getrandom::fill(&mut random).map_err(|error| {
-        Error::new(crate::ErrorKind::Io, "probe", folder).because(error.to_string())
-    })?;
+    getrandom::fill(&mut random)
+        .map_err(|error| Error::new(ErrorKind::Io, "probe", folder).because(error.to_string()))?;
     let name: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
     let keys = [format!("{folder}{name}-turns"), format!("{folder}{name}-race")];
     let found = creates(store, &keys)
         .and_then(|honoured| see_listed(store, folder, &keys[0]).map(|()| honoured));
     let deleted = store.delete_all(&keys);
     let honoured = found?;
-    deleted.map(|()| honoured)
+    match deleted {
+        // A key that can only add is a good one for backups.
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => Ok(honoured),
+        deleted => deleted.map(|()| honoured),
+    }
 }
 
 /// Sees that the object, which was written just now, is listed.
@@ -41,7 +44,7 @@ fn see_listed(store: &dyn ObjectStore, folder: &str, key: &str) -> Result<()> {
     }
     let why = "its listings do not show at once what was written, so nobody could tell what may be \
                deleted; use a store whose listings are strongly consistent, as those of OBS and S3 are";
-    Err(Error::new(crate::ErrorKind::Invalid, "use", store.location()).because(why))
+    Err(Error::new(ErrorKind::Invalid, "use", store.location()).because(why))
 }
 
 fn creates(store: &dyn ObjectStore, [turns, race]: &[String; 2]) -> Result<bool> {
@@ -55,7 +58,7 @@ fn creates(store: &dyn ObjectStore, [turns, race]: &[String; 2]) -> Result<bool>
     let outcomes = thread::scope(|scope| {
         let racers: Vec<_> =
             (0..RACERS).map(|racer| scope.spawn(move || create(race, racer))).collect();
-        let died = || Error::new(crate::ErrorKind::Io, "probe", race.as_str());
+        let died = || Error::new(ErrorKind::Io, "probe", race.as_str());
         racers
             .into_iter()
             .map(|racer| racer.join().unwrap_or_else(|_| Err(died())))
@@ -81,6 +84,14 @@ mod tests {
         inner: MemoryStore,
         only_in_races: bool,
         lists_late: bool,
+        may_delete: bool,
+    }
+
+    impl Careless {
+        fn new(only_in_races: bool) -> Self {
+            let inner = MemoryStore::new();
+            Self { inner, only_in_races, lists_late: false, may_delete: true }
+        }
     }
 
     impl ObjectStore for Careless {
@@ -119,7 +130,10 @@ mod tests {
         }
 
         fn delete(&self, key: &str) -> Result<()> {
-            self.inner.delete(key)
+            if self.may_delete {
+                return self.inner.delete(key);
+            }
+            Err(Error::new(ErrorKind::PermissionDenied, "delete", key))
         }
 
         fn remove_unfinished(&self, older_than: Duration, now: SystemTime) -> Result<u64> {
@@ -137,7 +151,7 @@ mod tests {
         assert!(create_if_absent(&good, "probes/").unwrap());
         assert_eq!(good.keys(), [""; 0]);
         for only_in_races in [false, true] {
-            let store = Careless { inner: MemoryStore::new(), only_in_races, lists_late: false };
+            let store = Careless::new(only_in_races);
             assert!(!create_if_absent(&store, "probes/").unwrap(), "{only_in_races}");
             assert_eq!(store.inner.keys(), [""; 0]);
         }
@@ -145,9 +159,16 @@ mod tests {
 
     #[test]
     fn a_store_whose_listing_lags_behind_is_refused() {
-        let store = Careless { inner: MemoryStore::new(), only_in_races: true, lists_late: true };
+        let store = Careless { lists_late: true, ..Careless::new(true) };
         let error = create_if_absent(&store, "probes/").unwrap_err();
-        assert_eq!(error.kind(), crate::ErrorKind::Invalid);
+        assert_eq!(error.kind(), ErrorKind::Invalid);
         assert_eq!(store.inner.keys(), [""; 0]);
+    }
+
+    #[test]
+    fn a_user_who_may_not_delete_can_try_it_out() {
+        let store = Careless { may_delete: false, ..Careless::new(true) };
+        assert!(!create_if_absent(&store, "probes/").unwrap());
+        assert_eq!(store.inner.keys().len(), 2);
     }
 }

@@ -17,8 +17,8 @@
 use std::fmt;
 use std::io::{IoSlice, Read};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime};
 
 use aws_sdk_s3::Client;
 use aws_sdk_s3::primitives::{ByteStream, DateTime, SdkBody};
@@ -32,14 +32,14 @@ mod config;
 mod credentials;
 mod failure;
 
-pub use config::{Addressing, S3Config};
-pub use credentials::CredentialSource;
+pub use config::{Addressing, S3Config, Stop};
+pub use credentials::{AccessKey, CredentialSource, SharedKey};
 
 use crate::{
     Created, Error, ErrorKind, Kind, ObjectMeta, ObjectStore, ReadCost, Result, Traffic, key,
 };
-use body::{Limit, lend};
-use client::{WithMd5, base64};
+use body::{Lender, Limit, lend};
+use client::{WithMd5, base64, without_timeout};
 use credentials::Provider;
 use failure::{Failure, backoff, classify};
 
@@ -48,6 +48,15 @@ const SMALL: u64 = 256 << 10;
 
 /// Bytes of a part of a multipart upload. Stores ask for at least 5 MiB.
 const PART: usize = 8 << 20;
+
+/// Metadata of an object that was uploaded in parts: what tells it from one that another uploaded.
+const UPLOAD_MARK: &str = "upload";
+
+/// Keys that a request is tried with: one may be exchanged between asking which it is and signing.
+const KEYS_MAX: usize = 4;
+
+/// How often a request that waits for another key looks for it.
+const LOOK_FOR_KEY: Duration = Duration::from_millis(200);
 
 /// Keys in one request to delete: the limit of S3 and OBS.
 const DELETE_MAX: usize = 1000;
@@ -59,6 +68,8 @@ pub struct S3Store {
     config: S3Config,
     client: Client,
     credentials: Arc<Provider>,
+    /// Whether the store has accepted a key already.
+    accepted: AtomicBool,
     upload: Limit,
     download: Limit,
     counters: Counters,
@@ -132,6 +143,7 @@ impl S3Store {
             config,
             client,
             credentials,
+            accepted: AtomicBool::new(false),
             runtime,
         };
         let known = store.credentials.get();
@@ -174,8 +186,17 @@ impl S3Store {
         kind: Kind,
         mut attempt: impl AsyncFnMut(&mut History) -> Attempt<T>,
     ) -> Result<T> {
+        let stopped =
+            || Failure::new(ErrorKind::Unavailable, "the program has stopped waiting for it");
+        let done = async {
+            tokio::select! {
+                biased;
+                () = self.config.stop.stopped() => Err(stopped()),
+                done = self.attempts(kind, &mut attempt) => done,
+            }
+        };
         self.runtime
-            .block_on(self.attempts(kind, &mut attempt))
+            .block_on(done)
             .map_err(|failure| Error::new(failure.kind, operation, key).because(failure.message))
     }
 
@@ -185,20 +206,24 @@ impl S3Store {
         attempt: &mut impl AsyncFnMut(&mut History) -> Attempt<T>,
     ) -> Attempt<T> {
         let mut history = History::default();
-        let mut rotated = false;
+        let mut keys = 1;
         loop {
             self.counters.requests[kind as usize].fetch_add(1, Ordering::Relaxed);
             if history.attempts > 0 {
                 self.counters.retries.fetch_add(1, Ordering::Relaxed);
             }
             history.attempts += 1;
+            let generation = self.credentials.generation();
             let failure = match attempt(&mut history).await {
-                Ok(done) => return Ok(done),
+                Ok(done) => {
+                    self.accepted.store(true, Ordering::Relaxed);
+                    return Ok(done);
+                }
                 Err(failure) => failure,
             };
             history.unknown |= failure.unknown;
-            if failure.credentials && !rotated && self.credentials.refresh() {
-                rotated = true;
+            if failure.credentials && keys < KEYS_MAX && self.finds_another_key(generation).await {
+                keys += 1;
                 continue;
             }
             if !failure.retryable {
@@ -213,6 +238,20 @@ impl S3Store {
             let _unneeded = getrandom::fill(&mut random);
             tokio::time::sleep(backoff(history.attempts, u64::from_le_bytes(random))).await;
         }
+    }
+
+    /// After the store refused the key of `generation`: whether there is another one, or will be soon.
+    async fn finds_another_key(&self, generation: u64) -> bool {
+        let accepted = self.accepted.load(Ordering::Relaxed);
+        let patience = if accepted { self.credentials.patience() } else { Duration::ZERO };
+        let begun = Instant::now();
+        while !self.credentials.refresh(generation) {
+            if begun.elapsed() >= patience {
+                return false;
+            }
+            tokio::time::sleep(LOOK_FOR_KEY).await;
+        }
+        true
     }
 
     fn write(
@@ -259,36 +298,43 @@ impl S3Store {
             .content_length(payload.len.cast_signed())
             .set_content_md5(md5.map(str::to_owned))
             .set_if_none_match(terms.if_absent.then(|| "*".to_owned()));
-        let send = async |body: SdkBody| {
-            let mut request =
-                request.body(ByteStream::new(body)).customize().disable_payload_signing();
+        let send = async |body: SdkBody, mut config: aws_sdk_s3::config::Builder| {
             if let Some(date) = terms.date {
-                request = request.config_override(dated(date));
+                config = config.time_source(StaticTimeSource::new(date));
             }
-            request.send().await.map(drop).map_err(|error| classify(&error))
+            let request = request.body(ByteStream::new(body)).customize().disable_payload_signing();
+            let answer = request.config_override(config).send().await;
+            answer.map(drop).map_err(|error| classify(&error))
         };
         self.counters.sent.fetch_add(payload.len, Ordering::Relaxed);
         if payload.len <= SMALL {
             self.upload.wait(payload.len as usize).await;
-            return send(SdkBody::from(payload.copy())).await;
+            return send(SdkBody::from(payload.copy()), aws_sdk_s3::Config::builder()).await;
         }
         let (lent, lender) = lend(payload.len);
-        let sending = send(SdkBody::from_body_1_x(lent));
-        self.while_lending(sending, lender.hand_out(payload.parts, &self.upload)).await
+        self.lend_to(send(SdkBody::from_body_1_x(lent), without_timeout()), lender, payload).await
     }
 
-    /// Hands out pieces while the request is under way, and not longer.
-    async fn while_lending<T>(
+    /// Hands out pieces while the request is under way, and not longer; ends it when it does not get
+    /// on.
+    async fn lend_to<T>(
         &self,
-        sending: impl Future<Output = T>,
-        lending: impl Future<Output = ()>,
-    ) -> T {
+        sending: impl Future<Output = Attempt<T>>,
+        lender: Lender,
+        payload: Payload<'_>,
+    ) -> Attempt<T> {
+        let patience = self.config.answer_within;
         let mut sending = std::pin::pin!(sending);
-        let mut lending = std::pin::pin!(lending);
-        tokio::select! {
-            done = &mut sending => done,
-            () = &mut lending => sending.await,
-        }
+        let mut lending = std::pin::pin!(lender.hand_out(payload.parts, &self.upload, patience));
+        let lent = tokio::select! {
+            done = &mut sending => return done,
+            lent = &mut lending => lent,
+        };
+        let answer = match lent {
+            Ok(()) => tokio::time::timeout(patience, sending).await,
+            Err(stalled) => Err(stalled),
+        };
+        answer.unwrap_or_else(|_| Err(Failure::passing("the upload did not get on")))
     }
 
     /// Whether the object has just these bytes.
@@ -427,13 +473,17 @@ impl S3Store {
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
+        let mark = random_name()
+            .map_err(|why| Error::new(ErrorKind::Io, "create", key).because(why.to_string()))?;
         let id = self.run("create", key, Kind::Write, async |_: &mut History| {
             let request = self.client.create_multipart_upload().bucket(&self.config.bucket);
-            let answer = request.key(&full_key).send().await.map_err(|error| classify(&error))?;
+            let request = request.key(&full_key).metadata(UPLOAD_MARK, &mark);
+            let answer = request.send().await.map_err(|error| classify(&error))?;
             let id = answer.upload_id().map(str::to_owned);
             id.ok_or_else(|| Failure::new(ErrorKind::Io, "the store gave the upload no name"))
         })?;
-        let result = self.upload_parts(key, &full_key, &id, first, body);
+        let parts = self.upload_parts(key, &full_key, &id, first, body);
+        let result = parts.and_then(|parts| self.complete(key, &id, parts, &mark));
         if !matches!(result, Ok(Created::New)) {
             // If that fails, it goes as one that was never finished.
             let _left = self.abort(&full_key, &id);
@@ -448,7 +498,7 @@ impl S3Store {
         id: &str,
         first: Vec<u8>,
         body: &mut dyn Read,
-    ) -> Result<Created> {
+    ) -> Result<Vec<CompletedPart>> {
         let mut parts = Vec::new();
         let mut part = first;
         while !part.is_empty() {
@@ -463,24 +513,58 @@ impl S3Store {
             part.clear();
             fill(&mut part, body).map_err(|error| Error::from_io("create", key, error))?;
         }
+        Ok(parts)
+    }
+
+    /// Makes the object of its parts.
+    fn complete(
+        &self,
+        key: &str,
+        id: &str,
+        parts: Vec<CompletedPart>,
+        mark: &str,
+    ) -> Result<Created> {
+        let full_key = self.full_key(key);
         let parts = CompletedMultipartUpload::builder().set_parts(Some(parts)).build();
-        self.run("create", key, Kind::Write, async |_: &mut History| {
+        let found = self.run("create", key, Kind::Write, async |history: &mut History| {
             let request = self
                 .client
                 .complete_multipart_upload()
                 .bucket(&self.config.bucket)
-                .key(full_key)
+                .key(&full_key)
                 .upload_id(id)
                 .if_none_match("*")
                 .multipart_upload(parts.clone());
-            match request.send().await {
-                Ok(_) => Ok(Created::New),
-                Err(error) => match classify(&error) {
-                    failure if failure.status == Some(412) => Ok(Created::AlreadyExists),
-                    failure => Err(failure),
-                },
+            match request.send().await.map_err(|error| classify(&error)) {
+                Ok(_) => Ok(Found::Nothing),
+                // An upload that has been completed is no more.
+                Err(failure)
+                    if history.unknown
+                        && (failure.status == Some(412) || failure.kind == ErrorKind::NotFound) =>
+                {
+                    Ok(Found::Perhaps)
+                }
+                Err(failure) if failure.status == Some(412) => Ok(Found::Other),
+                Err(failure) => Err(failure),
             }
-        })
+        })?;
+        match found {
+            Found::Nothing => Ok(Created::New),
+            Found::Other => Ok(Created::AlreadyExists),
+            Found::Perhaps => {
+                let theirs = self.run("stat", key, Kind::Stat, async |_: &mut History| {
+                    let request =
+                        self.client.head_object().bucket(&self.config.bucket).key(&full_key);
+                    let answer = request.send().await.map_err(|error| classify(&error))?;
+                    Ok(answer.metadata().and_then(|all| all.get(UPLOAD_MARK)).cloned())
+                })?;
+                Ok(if theirs.as_deref() == Some(mark) {
+                    Created::New
+                } else {
+                    Created::AlreadyExists
+                })
+            }
+        }
     }
 
     async fn put_part(
@@ -504,10 +588,11 @@ impl S3Store {
                 .content_length(payload.len.cast_signed())
                 .set_content_md5(md5)
                 .body(ByteStream::new(SdkBody::from_body_1_x(lent)));
-            let answer = request.customize().disable_payload_signing().send().await;
+            let request = request.customize().disable_payload_signing();
+            let answer = request.config_override(without_timeout()).send().await;
             answer.map(|part| part.e_tag().map(str::to_owned)).map_err(|error| classify(&error))
         };
-        self.while_lending(sending, lender.hand_out(payload.parts, &self.upload)).await
+        self.lend_to(sending, lender, payload).await
     }
 
     fn abort(&self, full_key: &str, id: &str) -> Result<()> {
@@ -532,6 +617,12 @@ impl S3Store {
 pub(crate) fn test_client(config: &S3Config) -> Client {
     let credentials = Arc::new(Provider::new(config.credentials.clone()));
     client::client(config, credentials).expect("the test's configuration is right")
+}
+
+fn random_name() -> std::result::Result<String, getrandom::Error> {
+    let mut random = [0; 16];
+    getrandom::fill(&mut random)?;
+    Ok(random.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// What earlier attempts of a request came to.

@@ -3,7 +3,8 @@
 //!
 //! [`MemoryStore`] is a whole store whose content can be forked and damaged; [`FaultyStore`] and
 //! [`RecordingStore`] wrap any store to make its calls fail and to count them; [`contract`] is the
-//! suite. Misuse of these panics: they are no part of the product.
+//! suite. `server` is a real S3 server, and `proxy` what goes wrong on the way to it. Misuse of these
+//! panics: they are no part of the product.
 
 use std::io::IoSlice;
 
@@ -13,6 +14,8 @@ use crate::local::LocalStore;
 pub mod contract;
 mod faulty;
 mod memory;
+#[cfg(feature = "s3")]
+pub mod proxy;
 mod recording;
 #[cfg(feature = "s3")]
 pub mod server;

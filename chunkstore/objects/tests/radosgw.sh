@@ -5,7 +5,8 @@
 #   radosgw.sh DIR PORT     runs in the foreground: http on PORT, https on PORT+1
 #
 # DIR keeps everything, DIR/env tells tests how to reach it, and is written when the server answers.
-# Buckets are reached as BUCKET.s3.test. Ready in about 20 s; killed processes come back by running it again.
+# Buckets are reached as BUCKET.s3.test. Ready in about 20 s; a killed gateway comes back by itself,
+# other processes by running it again.
 set -eu
 D=$(mkdir -p "$1" && cd "$1" && pwd) PORT=$2
 TLS=$((PORT + 1)) MON=$((PORT + 2)) KEY=testaccesskey SECRET=testsecretkey12345
@@ -106,7 +107,12 @@ if [ "$first" ]; then
   radosgw-admin quota set --quota-scope=user --uid=small --max-size=4M >/dev/null 2>&1
   radosgw-admin quota enable --quota-scope=user --uid=small >/dev/null 2>&1
 fi
-radosgw -f -n client.rgw.a >"$D/run/rgw.out" 2>&1 &
+serve() {
+  radosgw -f -n client.rgw.a >>"$D/run/rgw.out" 2>&1 &
+  gateway=$!
+  echo $gateway >"$D/run/gateway"
+}
+serve
 
 for _ in $(seq 240); do
   if (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then
@@ -114,8 +120,12 @@ for _ in $(seq 240); do
       "EBACKUP_TEST_S3_CA=$D/tls/ca.pem" "EBACKUP_TEST_S3_KEY=$KEY" \
       "EBACKUP_TEST_S3_SECRET=$SECRET" >"$D/env.new"
     mv "$D/env.new" "$D/env"
-    wait
-    exit 0
+    # Tests kill the gateway, whose number is in DIR/run/gateway: it comes back.
+    while :; do
+      wait $gateway || true
+      sleep 1
+      serve
+    done
   fi
   sleep 0.25
 done

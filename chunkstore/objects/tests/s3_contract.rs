@@ -28,6 +28,15 @@ fn contract_by_tls_with_an_own_authority() {
 }
 
 #[test]
+fn contract_by_tls_with_an_authority_that_is_in_no_file() {
+    run(|server, prefix| {
+        let config = server.tls_config("ebackup-tests", prefix);
+        let ca_certificates = std::fs::read(&server.ca).unwrap();
+        S3Config { ca_file: None, ca_certificates, ..config }
+    });
+}
+
+#[test]
 fn contract_by_path() {
     run(|server, prefix| server.path_config("ebackup-tests", prefix));
 }

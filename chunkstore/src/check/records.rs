@@ -69,7 +69,7 @@ impl Objects {
         };
         let name = &key[folder.len()..];
         if folder == record::PROBES {
-            return; // gone in a moment; what is left of a store that failed goes with the next
+            return; // gone in a moment; what is left goes with the next prune
         }
         let is_known = if folder == key_slot::FOLDER {
             name.parse::<SlotId>().is_ok()

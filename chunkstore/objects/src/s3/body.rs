@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use tokio::sync::mpsc;
+use tokio::time::error::Elapsed;
+use tokio::time::timeout;
 
 /// Bytes of a piece.
 const PIECE: usize = 256 << 10;
@@ -67,15 +69,24 @@ pub(super) fn lend(len: u64) -> (Lent, Lender) {
 
 impl Lender {
     /// Hands out all bytes, as fast as they are taken and `limit` allows.
-    pub(super) async fn hand_out(self, parts: &[IoSlice<'_>], limit: &Limit) {
+    ///
+    /// # Errors
+    /// When one piece was not taken within `patience`.
+    pub(super) async fn hand_out(
+        self,
+        parts: &[IoSlice<'_>],
+        limit: &Limit,
+        patience: Duration,
+    ) -> Result<(), Elapsed> {
         for piece in parts.iter().flat_map(|part| part.chunks(PIECE)) {
             limit.wait(piece.len()).await;
-            if self.0.send(Bytes::copy_from_slice(piece)).await.is_err() {
-                return; // the request has ended
+            let sent = timeout(patience, self.0.send(Bytes::copy_from_slice(piece))).await?;
+            if sent.is_err() {
+                return Ok(()); // the request has ended
             }
         }
         // The body must not see the channel closed before it has taken everything.
-        self.0.closed().await;
+        timeout(patience, self.0.closed()).await
     }
 }
 

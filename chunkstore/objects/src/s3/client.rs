@@ -26,18 +26,9 @@ use crate::{Error, ErrorKind, Result};
 /// How long connecting may take.
 const CONNECT: Duration = Duration::from_secs(10);
 
-/// How long the first byte of an answer may take after the last byte of the request.
-const FIRST_BYTE: Duration = Duration::from_secs(60);
-
-/// How long one attempt may take in all: 40 MiB at 100 KiB/s.
-const ATTEMPT: Duration = Duration::from_secs(420);
-
 pub(super) fn client(config: &S3Config, credentials: Arc<Provider>) -> Result<Client> {
-    let timeouts = TimeoutConfig::builder()
-        .connect_timeout(CONNECT)
-        .read_timeout(FIRST_BYTE)
-        .operation_attempt_timeout(ATTEMPT)
-        .build();
+    let timeouts =
+        TimeoutConfig::builder().connect_timeout(CONNECT).read_timeout(config.answer_within);
     let mut builder = aws_sdk_s3::Config::builder()
         .behavior_version(BehaviorVersion::latest())
         .region(Region::new(config.region.clone()))
@@ -54,8 +45,8 @@ pub(super) fn client(config: &S3Config, credentials: Arc<Provider>) -> Result<Cl
         .retry_config(RetryConfig::disabled())
         .disable_clock_skew_correction(true)
         .disable_s3_express_session_auth(true)
-        .timeout_config(timeouts)
-        // A limit on bandwidth may stall an upload on purpose; the attempt's time ends a dead one.
+        .timeout_config(timeouts.build())
+        // A limit on bandwidth may stall an upload on purpose; whoever lends its body watches it.
         .stalled_stream_protection(
             StalledStreamProtectionConfig::enabled().upload_enabled(false).build(),
         )
@@ -66,17 +57,22 @@ pub(super) fn client(config: &S3Config, credentials: Arc<Provider>) -> Result<Cl
     Ok(Client::from_conf(builder.build()))
 }
 
+/// The configuration of an upload whose body is lent. The client's time for an answer runs from the
+/// request's first byte, so that no upload could take longer: the lender takes the time instead.
+pub(super) fn without_timeout() -> aws_sdk_s3::config::Builder {
+    let timeouts = TimeoutConfig::builder().connect_timeout(CONNECT).disable_read_timeout();
+    aws_sdk_s3::Config::builder().timeout_config(timeouts.build())
+}
+
 fn http_client(config: &S3Config) -> Result<SharedHttpClient> {
     let mut trust = TrustStore::default();
     if let Some(path) = &config.ca_file {
-        let fail = |why: String| {
-            Error::new(ErrorKind::Invalid, "use the certificates in", path.display().to_string())
-                .because(why)
-        };
-        let pem = std::fs::read(path).map_err(|error| fail(error.to_string()))?;
-        if !pem.windows(11).any(|window| window == b"-----BEGIN ") {
-            return Err(fail("it holds no certificate in PEM form".to_owned()));
-        }
+        let name = path.display().to_string();
+        let pem = std::fs::read(path).map_err(|error| unusable(&name, error.to_string()))?;
+        trust = trust.with_pem_certificate(certificates(&name, pem)?);
+    }
+    if !config.ca_certificates.is_empty() {
+        let pem = certificates("the configuration", config.ca_certificates.clone())?;
         trust = trust.with_pem_certificate(pem);
     }
     let tls = TlsContext::builder().with_trust_store(trust).build().map_err(|error| {
@@ -90,6 +86,18 @@ fn http_client(config: &S3Config) -> Result<SharedHttpClient> {
     } else {
         builder.build_with_resolver(Overrides(config.resolve.clone()))
     })
+}
+
+fn certificates(name: &str, pem: Vec<u8>) -> Result<Vec<u8>> {
+    if pem.windows(11).any(|window| window == b"-----BEGIN ") {
+        Ok(pem)
+    } else {
+        Err(unusable(name, "it holds no certificate in PEM form".to_owned()))
+    }
+}
+
+fn unusable(name: &str, why: String) -> Error {
+    Error::new(ErrorKind::Invalid, "use the certificates in", name).because(why)
 }
 
 /// Resolves some names to given addresses, and the others as usual.

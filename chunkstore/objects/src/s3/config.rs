@@ -2,6 +2,10 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
 
 use super::credentials::CredentialSource;
 use crate::{Error, ErrorKind, Result};
@@ -35,6 +39,8 @@ pub struct S3Config {
     pub credentials: CredentialSource,
     /// Certificates (PEM) to trust besides the system's.
     pub ca_file: Option<PathBuf>,
+    /// Further such certificates, themselves rather than in a file; may be empty.
+    pub ca_certificates: Vec<u8>,
     /// Whether the store verifies what it receives against its MD5. Costs 1.5 seconds of CPU a GiB.
     /// `None`: only where the connection itself does not, without TLS.
     pub content_md5: Option<bool>,
@@ -44,8 +50,37 @@ pub struct S3Config {
     pub limit_download: Option<u64>,
     /// Tries of a request before it fails.
     pub attempts: u32,
+    /// How long a request may get no answer, or an upload not get on, before it counts as failed.
+    pub answer_within: Duration,
     /// Host names with an address of their own, as in `curl --resolve`; subdomains included.
     pub resolve: Vec<(String, IpAddr)>,
+    /// Ends requests that are under way.
+    pub stop: Stop,
+}
+
+/// Makes all requests of a store fail, those under way included: for a program that must not wait for
+/// a store that does not answer. Copies are the same one.
+#[derive(Debug, Clone)]
+pub struct Stop(Arc<watch::Sender<bool>>);
+
+impl Default for Stop {
+    fn default() -> Self {
+        Self(Arc::new(watch::Sender::new(false)))
+    }
+}
+
+impl Stop {
+    /// Stops. Whether a write that was under way took effect is not known.
+    pub fn stop(&self) {
+        self.0.send_replace(true);
+    }
+
+    /// Waits for that.
+    pub(super) async fn stopped(&self) {
+        // It fails only without a sender, which is here.
+        let mut changes = self.0.subscribe();
+        let _stopped = changes.wait_for(|stopped| *stopped).await.is_ok();
+    }
 }
 
 fn invalid(what: &str, why: impl Into<String>) -> Error {
@@ -104,11 +139,14 @@ impl S3Config {
             addressing: Addressing::Auto,
             credentials,
             ca_file: None,
+            ca_certificates: Vec::new(),
             content_md5: None,
             limit_upload: None,
             limit_download: None,
             attempts: 10,
+            answer_within: Duration::from_secs(60),
             resolve: Vec::new(),
+            stop: Stop::default(),
         })
     }
 
@@ -135,7 +173,7 @@ impl S3Config {
     }
 
     /// URL for people.
-    pub(super) fn location(&self) -> String {
+    pub fn location(&self) -> String {
         let host = self.endpoint.as_deref().unwrap_or("AWS");
         format!("s3://{}/{} at {host}", self.bucket, self.prefix)
     }

@@ -2,7 +2,8 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use aws_credential_types::Credentials;
@@ -12,6 +13,10 @@ use aws_credential_types::provider::{ProvideCredentials, Result};
 
 /// How often a file is looked at for changes.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// How long a request waits for another key when the store suddenly refuses one that somebody can
+/// exchange: he may learn of it only now.
+const EXCHANGE_WAIT: Duration = Duration::from_secs(60);
 
 /// Where the access key comes from.
 #[derive(Clone)]
@@ -34,6 +39,57 @@ pub enum CredentialSource {
         /// Secret key.
         secret: String,
     },
+    /// A key that somebody exchanges while stores use it.
+    Shared(SharedKey),
+}
+
+/// An access key to a store.
+#[derive(Clone, PartialEq, Eq)]
+pub struct AccessKey {
+    /// Access key.
+    pub key: String,
+    /// Secret key.
+    pub secret: String,
+    /// Of temporary keys.
+    pub session_token: Option<String>,
+}
+
+impl AccessKey {
+    /// Reads the text of a credentials file: an AWS one, of which the profile is taken, or lines of
+    /// `HUAWEI_CLOUD_ACCESS_KEY_ID=…` and `HUAWEI_CLOUD_SECRET_ACCESS_KEY=…`.
+    ///
+    /// # Errors
+    /// What it lacks, without secrets, as the rest of a sentence that begins with its name.
+    pub fn parse(text: &str, profile: &str) -> std::result::Result<Self, String> {
+        let (key, secret, session_token) = parse(text, profile)?;
+        Ok(Self { key, secret, session_token })
+    }
+}
+
+impl fmt::Debug for AccessKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("AccessKey(…)")
+    }
+}
+
+/// An access key that can be exchanged; copies are the same one.
+#[derive(Debug, Clone)]
+pub struct SharedKey(Arc<Mutex<AccessKey>>);
+
+impl SharedKey {
+    /// Begins with `key`.
+    pub fn new(key: AccessKey) -> Self {
+        Self(Arc::new(Mutex::new(key)))
+    }
+
+    /// From the next request on, all stores that were given a copy use `key`.
+    pub fn exchange(&self, key: AccessKey) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = key;
+    }
+
+    fn get(&self) -> AccessKey {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 impl fmt::Debug for CredentialSource {
@@ -44,6 +100,7 @@ impl fmt::Debug for CredentialSource {
                 f.debug_struct("File").field("path", path).field("profile", profile).finish()
             }
             Self::Fixed { .. } => f.write_str("Fixed(…)"),
+            Self::Shared(_) => f.write_str("Shared(…)"),
         }
     }
 }
@@ -52,6 +109,8 @@ impl fmt::Debug for CredentialSource {
 pub(super) struct Provider {
     source: CredentialSource,
     cached: Mutex<Option<Cached>>,
+    /// Counts the keys that were given out one after the other.
+    generation: AtomicU64,
 }
 
 struct Cached {
@@ -71,7 +130,22 @@ impl fmt::Debug for Provider {
 
 impl Provider {
     pub(super) fn new(source: CredentialSource) -> Self {
-        Self { source, cached: Mutex::default() }
+        Self { source, cached: Mutex::default(), generation: AtomicU64::new(0) }
+    }
+
+    /// Tells the key that is given out now from earlier and later ones.
+    pub(super) fn generation(&self) -> u64 {
+        // Whether there is one is told to whoever needs it.
+        let _given_out = self.get();
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// How long it is worth to wait for another key, if the one given out has worked before.
+    pub(super) fn patience(&self) -> Duration {
+        match self.source {
+            CredentialSource::Shared(_) => EXCHANGE_WAIT,
+            _ => Duration::ZERO,
+        }
     }
 
     /// The key as it is now.
@@ -80,7 +154,8 @@ impl Provider {
     /// What is missing, without secrets.
     pub(super) fn get(&self) -> std::result::Result<Credentials, String> {
         let mut cached = self.cached.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = cached.as_mut() {
+        let exchangeable = matches!(self.source, CredentialSource::Shared(_));
+        if let Some(known) = cached.as_mut().filter(|_| !exchangeable) {
             let Some(state) = &known.state else {
                 return Ok(known.credentials.clone());
             };
@@ -95,8 +170,7 @@ impl Provider {
         let read = self.read();
         match (read, cached.as_mut()) {
             (Ok((credentials, state)), _) => {
-                let looked = Instant::now();
-                *cached = Some(Cached { credentials: credentials.clone(), state, looked });
+                self.give_out(&mut cached, credentials.clone(), state);
                 Ok(credentials)
             }
             // The file is just being exchanged: the old key may still do.
@@ -105,23 +179,42 @@ impl Provider {
         }
     }
 
-    /// After the store refused the key: looks at the file now. Answers whether there is another key.
-    pub(super) fn refresh(&self) -> bool {
-        let Ok((credentials, state)) = self.read() else {
-            return false;
-        };
-        let mut cached = self.cached.lock().unwrap_or_else(PoisonError::into_inner);
-        let same = cached.as_ref().is_some_and(|known| {
-            known.credentials.access_key_id() == credentials.access_key_id()
-                && known.credentials.secret_access_key() == credentials.secret_access_key()
+    /// After the store refused the key of `generation`: looks at the file now. Answers whether there is
+    /// another key.
+    pub(super) fn refresh(&self, generation: u64) -> bool {
+        if let Ok((credentials, state)) = self.read() {
+            let mut cached = self.cached.lock().unwrap_or_else(PoisonError::into_inner);
+            self.give_out(&mut cached, credentials, state);
+        }
+        // Another request may have noticed before.
+        self.generation.load(Ordering::SeqCst) != generation
+    }
+
+    fn give_out(
+        &self,
+        cached: &mut Option<Cached>,
+        credentials: Credentials,
+        state: Option<FileState>,
+    ) {
+        let changed = cached.as_ref().is_some_and(|known| {
+            let known = &known.credentials;
+            known.access_key_id() != credentials.access_key_id()
+                || known.secret_access_key() != credentials.secret_access_key()
+                || known.session_token() != credentials.session_token()
         });
+        if changed {
+            self.generation.fetch_add(1, Ordering::SeqCst);
+        }
         *cached = Some(Cached { credentials, state, looked: Instant::now() });
-        !same
     }
 
     fn read(&self) -> std::result::Result<(Credentials, Option<FileState>), String> {
         match &self.source {
             CredentialSource::Fixed { key, secret } => Ok((credentials(key, secret, None), None)),
+            CredentialSource::Shared(shared) => {
+                let AccessKey { key, secret, session_token } = shared.get();
+                Ok((credentials(&key, &secret, session_token), None))
+            }
             CredentialSource::File { path, profile } => read_file(path, profile),
             CredentialSource::Environment => {
                 let var = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
@@ -262,14 +355,38 @@ mod tests {
         let source = CredentialSource::File { path: path.clone(), profile: "default".into() };
         let provider = Provider::new(source);
         assert_eq!(provider.get().unwrap().access_key_id(), "a");
-        assert!(!provider.refresh());
+        let first = provider.generation();
+        assert!(!provider.refresh(first));
         std::fs::write(&path, "OBS_ACCESS_KEY=second\nOBS_SECRET_KEY=b").unwrap();
-        assert!(provider.refresh());
+        assert!(provider.refresh(first));
+        assert!(provider.refresh(first), "another request that used the first one is told, too");
         assert_eq!(provider.get().unwrap().access_key_id(), "second");
         std::fs::remove_file(&path).unwrap();
-        assert!(!provider.refresh());
+        assert!(!provider.refresh(provider.generation()));
         assert_eq!(provider.get().unwrap().access_key_id(), "second");
         let text = format!("{provider:?}");
         assert!(text.contains("cloud") && !text.contains("second"), "{text}");
+    }
+
+    #[test]
+    fn an_exchanged_key_is_used_from_then_on() {
+        let key = |key: &str| AccessKey {
+            key: key.to_owned(),
+            secret: "hidden".to_owned(),
+            session_token: Some("hidden".to_owned()),
+        };
+        let shared = SharedKey::new(key("first"));
+        let provider = Provider::new(CredentialSource::Shared(shared.clone()));
+        assert_eq!(provider.get().unwrap().access_key_id(), "first");
+        let first = provider.generation();
+        assert!(!provider.refresh(first) && !provider.patience().is_zero());
+        shared.exchange(key("second"));
+        assert_eq!(provider.get().unwrap().access_key_id(), "second");
+        assert!(provider.refresh(first), "a request that was sent with the first one is repeated");
+        shared.exchange(key("third"));
+        let third = provider.generation();
+        assert!(!provider.refresh(third), "a request that is sent from now on has the third");
+        let text = format!("{provider:?} {shared:?}");
+        assert!(!text.contains("hidden"), "{text}");
     }
 }

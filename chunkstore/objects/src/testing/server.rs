@@ -1,11 +1,14 @@
 //! The S3 server that tests use, as `cargo xtask s3 up` started it.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use aws_sdk_s3::Client;
+use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 
 use crate::s3::{Addressing, CredentialSource, S3Config, S3Store};
 
@@ -24,8 +27,11 @@ pub struct TestServer {
     pub secret: String,
 }
 
-/// Access key of a user who may store 4 MiB; the secret is the same.
+/// Access key of a user who may store 4 MiB in buckets of his own; the secret is the same.
 pub const SMALL_KEY: &str = "smallaccesskey";
+
+/// His name.
+pub const SMALL_USER: &str = "small";
 
 /// A name that no other test and no earlier run used.
 pub fn fresh(name: &str) -> String {
@@ -100,13 +106,38 @@ impl TestServer {
     /// When the server refuses.
     pub fn make_bucket(&self, config: &S3Config) {
         let client: Client = crate::s3::test_client(config);
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime = runtime.expect("a runtime can be made");
-        let made = runtime.block_on(client.create_bucket().bucket(&config.bucket).send());
+        let made = wait(client.create_bucket().bucket(&config.bucket).send());
         if let Err(error) = made {
             let code = aws_sdk_s3::error::ProvideErrorMetadata::code(&error).unwrap_or_default();
             assert!(code.starts_with("BucketAlready"), "cannot make the bucket: {error:?}");
         }
+    }
+
+    /// Keys of the uploads below the prefix that were neither completed nor aborted.
+    ///
+    /// # Panics
+    /// When the server refuses.
+    pub fn unfinished_uploads(&self, config: &S3Config) -> Vec<String> {
+        let client: Client = crate::s3::test_client(config);
+        let request = client.list_multipart_uploads().bucket(&config.bucket);
+        let found = wait(request.prefix(&config.prefix).send()).expect("uploads can be listed");
+        found.uploads().iter().filter_map(|upload| upload.key().map(str::to_owned)).collect()
+    }
+
+    /// Lets another user do in the bucket what `actions` name, and nothing else.
+    ///
+    /// # Panics
+    /// When the server refuses.
+    pub fn allow(&self, config: &S3Config, user: &str, actions: &[&str]) {
+        let client: Client = crate::s3::test_client(config);
+        let bucket = &config.bucket;
+        let policy = format!(
+            r#"{{"Version": "2012-10-17", "Statement": [{{"Effect": "Allow",
+                "Principal": {{"AWS": ["arn:aws:iam:::user/{user}"]}}, "Action": {actions:?},
+                "Resource": ["arn:aws:s3:::{bucket}", "arn:aws:s3:::{bucket}/*"]}}]}}"#
+        );
+        wait(client.put_bucket_policy().bucket(bucket).policy(policy).send())
+            .expect("the policy is understood");
     }
 
     /// A store below a prefix of its own in the bucket `ebackup-tests`.
@@ -118,4 +149,92 @@ impl TestServer {
         self.make_bucket(&config);
         S3Store::open(config).expect("the test's bucket can be opened")
     }
+}
+
+/// A server of a test's own, which may kill it. What it stored goes when this is dropped.
+#[derive(Debug)]
+pub struct OwnServer {
+    dir: tempfile::TempDir,
+    port: u16,
+    group: Option<Child>,
+}
+
+impl OwnServer {
+    /// Starts one, which takes some 20 seconds.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn start() -> Self {
+        let dir = tempfile::tempdir().expect("a temporary directory can be made");
+        let mut server = Self { dir, port: three_ports(), group: None };
+        server.start_again();
+        server
+    }
+
+    /// Starts it on what it stored before it was killed.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn start_again(&mut self) {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/radosgw.sh");
+        let mut command = Command::new(script);
+        command.arg(self.dir.path()).arg(self.port.to_string()).stdin(Stdio::null());
+        // A group of its own, so that all of it can be killed.
+        let group = command.process_group(0).spawn().expect("radosgw.sh can be run");
+        let group = self.group.insert(group);
+        let env = self.dir.path().join("env");
+        while !env.exists() {
+            let ended = group.try_wait().expect("it is ours");
+            assert!(ended.is_none(), "the server did not start: {ended:?}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Kills all of its processes at once, as when the power fails.
+    ///
+    /// # Panics
+    /// When it cannot be killed.
+    pub fn kill(&mut self) {
+        let Some(mut group) = self.group.take() else { return };
+        let id = Pid::from_child(&group);
+        kill_process_group(id, Signal::KILL).expect("it is ours");
+        group.wait().expect("it is ours");
+        // Its ports are free only when all of it is gone.
+        while test_kill_process_group(id).is_ok() {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        // Without it, it was not even started.
+        let _gone = std::fs::remove_file(self.dir.path().join("env"));
+    }
+
+    /// How to reach it.
+    pub fn server(&self) -> TestServer {
+        TestServer {
+            port: self.port,
+            tls_port: self.port + 1,
+            ca: self.dir.path().join("tls/ca.pem"),
+            key: "testaccesskey".to_owned(),
+            secret: "testsecretkey12345".to_owned(),
+        }
+    }
+}
+
+impl Drop for OwnServer {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// The first of three ports that are free now.
+fn three_ports() -> u16 {
+    let is_free = |port: u16| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok();
+    let first = (18_300..18_900).step_by(3);
+    let mut free = first.filter(|port| (*port..port + 3).all(is_free));
+    free.next().expect("three ports are free")
+}
+
+/// Waits for a request of a test's own.
+fn wait<T>(request: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.expect("a runtime can be made").block_on(request)
 }
