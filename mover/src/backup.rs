@@ -28,6 +28,7 @@ mod settings;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use chunkstore::codec::compress::Level;
 use chunkstore::id::SnapshotId;
@@ -40,7 +41,7 @@ pub use parent::ChangedBy;
 pub use settings::{MEMORY_BYTES_MIN, Resources};
 
 use crate::fs::Dir;
-use crate::monitor::Monitor;
+use crate::monitor::{Monitor, Warning};
 
 /// Whether to leave out the entry at a path from the root of the backup, which is a folder or not.
 pub type Excludes<'a> = dyn Fn(&[u8], bool) -> bool + Sync + 'a;
@@ -48,10 +49,14 @@ pub type Excludes<'a> = dyn Fn(&[u8], bool) -> bool + Sync + 'a;
 /// What to save and how.
 #[derive(Clone)]
 pub struct Request<'a> {
-    /// The folder.
+    /// The folder; its name only, if it is given opened.
     pub source: PathBuf,
+    /// The folder, opened by a caller who does not trust the path.
+    pub opened: Option<Dir>,
     /// Identity of the folder across backups.
     pub lineage: String,
+    /// The snapshot to compare with, if it is there and of this lineage; else the newest of it.
+    pub parent: Option<SnapshotId>,
     /// Machine, for people.
     pub host: String,
     /// Tags of the snapshot.
@@ -100,9 +105,13 @@ pub fn backup(
     clock: &dyn Fn() -> jiff::Timestamp,
     monitor: &dyn Monitor,
 ) -> Result<Outcome> {
-    let root = open_source(&request.source)?;
+    let monitor = &Counting { inner: monitor, warnings: 0.into(), missing: 0.into() };
+    let root = match &request.opened {
+        Some(opened) => opened.clone(),
+        None => open_source(&request.source)?,
+    };
     if request.dry_run {
-        let parent = newest(repository, &request.lineage)?;
+        let parent = find_parent(repository, request)?;
         let id = parent.as_ref().map(|(id, _)| *id);
         let summary = scan::dry_run(repository, request, root, parent, monitor)?;
         return Ok(Outcome { id: None, parent: id, summary });
@@ -117,9 +126,11 @@ pub fn backup(
     let writer = Writer::begin(repository.clone(), settings, &session)?;
     // The parent is chosen after the announcement: nothing it refers to can be deleted from here on,
     // unless it was marked before, which the writer knows.
-    let parent = newest(repository, &request.lineage)?;
-    let parent_id = parent.as_ref().map(|(id, _)| *id);
-    let scanned = scan::scan(repository, &writer, request, root, parent, monitor);
+    let mut parent_id = None;
+    let scanned = find_parent(repository, request).and_then(|parent| {
+        parent_id = parent.as_ref().map(|(id, _)| *id);
+        scan::scan(repository, &writer, request, root, parent, monitor)
+    });
     let (root, level, mut summary) = match scanned {
         Ok(scanned) => scanned,
         Err(error) => {
@@ -129,7 +140,9 @@ pub fn backup(
         }
     };
     let counters = writer.counters();
-    summary.blobs_new = counters.blobs_new.load(std::sync::atomic::Ordering::Relaxed);
+    summary.blobs_new = counters.blobs_new.load(Ordering::Relaxed);
+    summary.warnings = monitor.warnings.load(Ordering::Relaxed);
+    summary.files_unreadable = monitor.missing.load(Ordering::Relaxed);
     let mut snapshot = Snapshot {
         root,
         level,
@@ -153,6 +166,33 @@ pub fn backup(
     Ok(Outcome { id: Some(id), parent: parent_id, summary })
 }
 
+/// Counts warnings on their way, so that the snapshot has them.
+struct Counting<'a> {
+    inner: &'a dyn Monitor,
+    warnings: AtomicU64,
+    missing: AtomicU64,
+}
+
+impl Monitor for Counting<'_> {
+    fn begin(&self, path: &[u8]) {
+        self.inner.begin(path);
+    }
+
+    fn advance(&self, entries: u64, bytes: u64) {
+        self.inner.advance(entries, bytes);
+    }
+
+    fn warning(&self, warning: Warning) {
+        self.warnings.fetch_add(1, Ordering::Relaxed);
+        self.missing.fetch_add(u64::from(warning.missing), Ordering::Relaxed);
+        self.inner.warning(warning);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.inner.is_cancelled()
+    }
+}
+
 fn open_source(path: &Path) -> Result<Dir> {
     Dir::open_root(path).map_err(|error| {
         let kind = match error.kind() {
@@ -165,7 +205,20 @@ fn open_source(path: &Path) -> Result<Dir> {
     })
 }
 
-fn newest(repository: &Repository, lineage: &str) -> Result<Option<(SnapshotId, Snapshot)>> {
+fn find_parent(
+    repository: &Repository,
+    request: &Request<'_>,
+) -> Result<Option<(SnapshotId, Snapshot)>> {
+    if let Some(id) = request.parent {
+        match repository.snapshot(id) {
+            Ok(snapshot) if snapshot.lineage == request.lineage => {
+                return Ok(Some((id, snapshot)));
+            }
+            // Damage costs reading more, not the backup; what the store refuses, it refuses again.
+            Ok(_) | Err(_) => {}
+        }
+    }
     let list = repository.list_snapshots()?;
-    Ok(list.snapshots.into_iter().rev().find(|(_, snapshot)| snapshot.lineage == lineage))
+    let mut snapshots = list.snapshots.into_iter().rev();
+    Ok(snapshots.find(|(_, snapshot)| snapshot.lineage == request.lineage))
 }

@@ -6,14 +6,22 @@ use std::path::{Path, PathBuf};
 /// Bytes of memory the process may use: the smallest limit of its control groups, or the memory of
 /// the machine. `None` if neither can be read.
 pub fn memory_bytes() -> Option<u64> {
+    limit_bytes().into_iter().chain(machine_memory()).min()
+}
+
+/// The smallest memory limit of the process's control groups; `None` if there is none below what the
+/// machine has.
+pub fn limit_bytes() -> Option<u64> {
     let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let limits = group_folders(&own, Path::new("/sys/fs/cgroup"))
+    let limit = group_folders(&own, Path::new("/sys/fs/cgroup"))
         .into_iter()
         .flat_map(|folder| {
             ["memory.max", "memory.limit_in_bytes"].map(|name| read_number(&folder.join(name)))
         })
-        .flatten();
-    limits.chain(machine_memory()).min()
+        .flatten()
+        .min();
+    // Version 1 has no word for "none" but a very large number.
+    limit.filter(|limit| machine_memory().is_none_or(|machine| *limit < machine))
 }
 
 /// Processors the process may use, rounded up.

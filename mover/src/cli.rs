@@ -2,6 +2,7 @@
 //!
 //! Standard output carries results, standard error everything for people: progress, warnings, errors.
 
+mod agent;
 mod args;
 mod backup;
 mod browse;
@@ -23,6 +24,7 @@ use anyhow::{Context, Result};
 use chunkstore::{Error, ErrorKind};
 use clap::Parser;
 
+use crate::now;
 use args::{Args, Command};
 use output::Output;
 
@@ -85,16 +87,13 @@ fn dispatch(args: &Args, output: &Output) -> Result<u8> {
         Command::Prune(prune) => maintain::prune(global, prune, output),
         Command::Stats => maintain::stats(global, output),
         Command::Key(key) => keys::key(global, &key.command, output),
+        Command::Agent(args) => agent::run(global, args),
+        Command::RestoreWait(args) => agent::restore_wait(args, &*watch_signals()?),
         Command::Completions { shell } => {
             args::completions(*shell);
             Ok(DONE)
         }
     }
-}
-
-/// The wall clock, for what is recorded for people; nothing depends on it being right.
-fn now() -> jiff::Timestamp {
-    jiff::Timestamp::now()
 }
 
 /// What to do about an error, where that is not said by the error itself.

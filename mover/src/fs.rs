@@ -23,7 +23,7 @@ mod traits;
 mod xattr;
 
 pub use attrs::{ApplyOptions, Attr, AttrFailure, Current, Target, apply};
-pub use dir::Dir;
+pub use dir::{Dir, is_plain_name};
 pub use holes::{DataRanges, data_ranges};
 pub use limits::raise_open_files;
 pub use listing::{Entry, Listing};

@@ -41,7 +41,7 @@ use chunkstore::tree::NodeRef;
 use chunkstore::{Error, ErrorKind, Result};
 use rustix::io::Errno;
 
-use crate::fs::{AttrFailure, Dir};
+use crate::fs::{AttrFailure, Dir, is_plain_name};
 use crate::monitor::{Monitor, Warning, display_path};
 use folders::Folders;
 use links::Links;
@@ -124,8 +124,10 @@ pub struct Request<'a> {
     /// Key of what becomes the target: components joined by a zero byte, empty for everything. A
     /// single file lands in the target under its own name, whatever the filter says.
     pub subpath: &'a [u8],
-    /// The folder to restore into, made if it is missing.
+    /// The folder to restore into, made if it is missing; its name only, if it is given opened.
     pub target: &'a Path,
+    /// That folder, opened by a caller who does not trust the path.
+    pub opened: Option<Dir>,
     /// What to restore; everything without one.
     pub filter: Option<&'a Filter<'a>>,
     /// How.
@@ -153,6 +155,8 @@ pub struct RestoreSummary {
     pub warnings: u64,
     /// Files and folders that are not, or not wholly, as the snapshot has them.
     pub files_failed: u64,
+    /// How many of them the target would not take; what the others need is damaged in the repository.
+    pub files_refused: u64,
 }
 
 /// Restores what `request` says.
@@ -162,7 +166,10 @@ pub struct RestoreSummary {
 /// fails, or the monitor cancels. Single files that fail are counted instead.
 pub fn restore(request: &Request<'_>) -> Result<RestoreSummary> {
     let dry_run = request.options.dry_run;
-    let (target, fresh) = open_target(request.target, dry_run)?;
+    let (target, fresh) = match &request.opened {
+        Some(opened) => (Some(opened.clone()), false),
+        None => open_target(request.target, dry_run)?,
+    };
     let shared = Shared {
         repository: request.repository,
         options: &request.options,
@@ -243,6 +250,7 @@ struct Counters {
     deleted: AtomicU64,
     warnings: AtomicU64,
     files_failed: AtomicU64,
+    files_refused: AtomicU64,
 }
 
 impl Counters {
@@ -257,6 +265,7 @@ impl Counters {
             deleted: read(&self.deleted),
             warnings: read(&self.warnings),
             files_failed: read(&self.files_failed),
+            files_refused: read(&self.files_refused),
         }
     }
 }
@@ -285,6 +294,7 @@ impl Shared<'_> {
     /// As [`fail`](Self::fail), for a failed call: one that no other file would survive ends everything.
     fn fail_io(&self, path: &[u8], what: &str, error: &io::Error) {
         self.fail(path, format!("{what}: {error}"));
+        count(&self.counters.files_refused, 1);
         let errno = Errno::from_io_error(error);
         if matches!(errno, Some(Errno::NOSPC | Errno::DQUOT | Errno::ROFS)) {
             let kind =
@@ -341,11 +351,4 @@ impl Shared<'_> {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Whoever panicked holding it ends the restore; others may still report.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A name that may be made: one component, and no way out of its folder.
-fn is_plain_name(name: &[u8]) -> bool {
-    !matches!(name, b"" | b"." | b"..")
-        && name.len() <= 255
-        && !name.iter().any(|byte| matches!(byte, 0 | b'/'))
 }

@@ -7,13 +7,25 @@ mod bucket;
 
 use std::fs;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use bucket::*;
-use objects::testing::server::{SMALL_KEY, TestServer, fresh};
+use objects::testing::proxy::Proxy;
+use objects::testing::server::{SMALL_KEY, SMALL_USER, TestServer, fresh};
 
 #[test]
 fn everything_works_as_in_a_folder() {
+    everything_works(&Session::new(), "decided by create-if-absent");
+}
+
+#[test]
+fn everything_works_where_the_store_ignores_the_condition() {
     let session = Session::new();
+    let proxy = Proxy::without_conditions(&session.server);
+    everything_works(&session.through(&proxy), "decided by time-fenced");
+}
+
+fn everything_works(session: &Session, register: &str) {
     let source = session.source();
     let text = source.to_str().unwrap();
     session.run(&["init"]);
@@ -47,11 +59,123 @@ fn everything_works_as_in_a_folder() {
     let pruned = session.summary(&["prune", "--max-unused", "0%"]);
     assert_eq!(pruned["type"], "summary");
     let text = session.run(&["stats"]);
-    assert!(text.contains("decided by create-if-absent") && text.contains("requests"), "{text}");
-    session.run(&["check", "--read-data"]);
-    fs::remove_dir_all(&target).unwrap();
-    session.run(&["restore", "latest", "--target", target_text]);
-    assert_same(&source, &target);
+    assert!(text.contains(register) && text.contains("requests"), "{text}");
+    session.restores(&source);
+}
+
+#[test]
+fn a_repository_that_relies_on_the_condition_is_not_written_where_it_is_ignored() {
+    let session = Session::new();
+    let source = session.source();
+    let text = source.to_str().unwrap();
+    session.run(&["init"]);
+    session.run(&["backup", text]);
+    let proxy = Proxy::without_conditions(&session.server);
+    let session = session.through(&proxy);
+    for command in [&["backup", text][..], &["prune"]] {
+        session.fails(command, &["replaces objects", "ebackup copy"]);
+    }
+    // Reading relies on nothing, and so the snapshots can be brought elsewhere.
+    session.restores(&source);
+}
+
+#[test]
+fn snapshots_are_copied_from_a_bucket_to_a_folder_and_back() {
+    let session = Session::new();
+    let source = session.source();
+    session.run(&["init"]);
+    session.run(&["backup", source.to_str().unwrap()]);
+    fs::write(source.join("small/7"), b"changed").unwrap();
+    session.run(&["backup", source.to_str().unwrap()]);
+    let folder = session.dir.path().join("folder").to_str().unwrap().to_owned();
+    let other = format!("s3://{BUCKET}/{}", fresh("other"));
+    let copy = |from: &str, to: &str| {
+        let mut command = session.command(&["copy", "--from", from, "--to", to, "--init"]);
+        let output = command.env("EBACKUP_FROM_PASSWORD", "secret of the test").output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for (from, to) in [(&session.url, &folder), (&folder, &other)] {
+        let text = copy(from, to);
+        assert!(text.contains("2 snapshots copied, 0 were there already"), "{text}");
+        let text = copy(from, to);
+        assert!(text.contains("0 snapshots copied, 2 were there already"), "{text}");
+    }
+    let session = Session { url: other, ..session };
+    session.restores(&source);
+}
+
+#[test]
+fn an_upload_is_no_faster_than_its_limit() {
+    let session = Session::new();
+    let source = session.dir.path().join("source");
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("file"), noise(1, 3 << 20)).unwrap();
+    session.run(&["init"]);
+    let begun = Instant::now();
+    session.run(&["--limit-upload", "1M", "backup", source.to_str().unwrap()]);
+    // What is under way at the end, some pieces of 256 KiB, has not waited.
+    assert!(begun.elapsed() > Duration::from_secs(2), "{:?}", begun.elapsed());
+    session.restores(&source);
+}
+
+#[test]
+fn a_user_who_may_not_delete_saves_and_restores_and_is_told_what_he_lacks() {
+    let mut session = Session::new();
+    let bucket = fresh("ebackup-keep");
+    let owner = session.server.config(&bucket, "");
+    session.server.make_bucket(&owner);
+    let mut rights = vec!["s3:ListBucket", "s3:GetObject", "s3:PutObject"];
+    session.server.allow(&owner, SMALL_USER, &rights);
+    (session.key, session.url) = (SMALL_KEY.to_owned(), format!("s3://{bucket}/kept"));
+    let source = session.source();
+    // Enough packs for more than one segment of the index, which are merged at the end.
+    let backup = ["--memory", "96M", "backup", source.to_str().unwrap()];
+    fs::write(source.join("second"), noise(2, 40 << 20)).unwrap();
+    session.run(&["init"]);
+    session.run(&backup);
+    fs::remove_file(source.join("second")).unwrap();
+    session.run(&backup);
+    session.restores(&source);
+    // This makes a mark, and deletes nothing.
+    session.run(&["forget", "--keep-last", "1"]);
+    session.fails(&["prune"], &["cannot delete", "lacks the right"]);
+    session.restores(&source);
+    rights.extend(["s3:DeleteObject", "s3:ListBucketMultipartUploads"]);
+    session.server.allow(&owner, SMALL_USER, &rights);
+    let pruned = session.summary(&["prune"]);
+    assert!(pruned["bytes_deleted"].as_u64().unwrap() > 30 << 20, "{pruned}");
+    session.restores(&source);
+}
+
+#[test]
+fn copies_of_the_index_are_bounded_and_may_be_damaged() {
+    let session = Session::new();
+    let source = session.source();
+    let text = source.to_str().unwrap();
+    session.run(&["init"]);
+    session.run(&["backup", text]);
+    let cache = session.dir.path().join(".cache/ebackup");
+    let copies = || -> Vec<_> {
+        let own = fs::read_dir(&cache).unwrap().next().unwrap().unwrap().path();
+        fs::read_dir(own).unwrap().map(|file| file.unwrap().path()).collect()
+    };
+    for copy in copies() {
+        let mut bytes = fs::read(&copy).unwrap();
+        bytes.iter_mut().for_each(|byte| *byte ^= 0x55);
+        fs::write(&copy, bytes).unwrap();
+    }
+    // What is not in the snapshot before is found by the index alone.
+    let again = ["backup", text, "--lineage", "another"];
+    let stored = session.summary(&again)["bytes_stored"].as_u64().unwrap();
+    assert!(stored < 1 << 20, "{stored} bytes stored again");
+    fs::remove_dir_all(&cache).unwrap();
+    let small = [&["--cache-size", "2K"][..], &again].concat();
+    let stored = session.summary(&small)["bytes_stored"].as_u64().unwrap();
+    assert!(stored < 1 << 20, "{stored} bytes stored again");
+    let kept: u64 = copies().iter().map(|copy| fs::metadata(copy).unwrap().len()).sum();
+    assert!(kept <= 2 << 10, "{kept} bytes kept");
+    session.restores(&source);
 }
 
 #[test]

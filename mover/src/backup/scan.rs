@@ -11,6 +11,7 @@ use chunkstore::repository::Repository;
 use chunkstore::tree::{Body, Content, Entry, Kind, NodeRef, TreeBuilder};
 use chunkstore::writer::Writer;
 use chunkstore::{Error, ErrorKind, Result};
+use rustix::io::Errno;
 
 use super::Request;
 use super::assemble::count;
@@ -64,7 +65,7 @@ pub(super) fn scan(
         drop((todo, finished));
         let builder = TreeBuilder::new(writer, repository.keys().cut());
         let sink = Pipeline::new(builder, &request.resources, jobs, done, &shared);
-        let (sink, summary) = Walk::new(request, monitor, parent, sink)?.run(root)?;
+        let (sink, summary) = Walk::new(request, root, monitor, parent, sink)?.run()?;
         let (root, level, counted) = sink.finish()?;
         let bytes_read = shared.counters.bytes_read.load(std::sync::atomic::Ordering::Relaxed);
         Ok((root, level, Summary { bytes_read, ..merge(summary, counted) }))
@@ -81,7 +82,7 @@ pub(super) fn dry_run(
 ) -> Result<Summary> {
     let parent = parent.map(|(_, snapshot)| Parent::open(repository, None, &snapshot));
     let sink = CountOnly::default();
-    let (sink, summary) = Walk::new(request, monitor, parent.transpose()?, sink)?.run(root)?;
+    let (sink, summary) = Walk::new(request, root, monitor, parent.transpose()?, sink)?.run()?;
     Ok(merge(summary, sink.summary))
 }
 
@@ -132,6 +133,7 @@ struct Frame {
 
 struct Walk<'a, S> {
     request: &'a Request<'a>,
+    root: Dir,
     monitor: &'a dyn Monitor,
     parent: Option<Parent<'a>>,
     sink: S,
@@ -146,12 +148,14 @@ struct Walk<'a, S> {
 impl<'a, S: Sink> Walk<'a, S> {
     fn new(
         request: &'a Request<'a>,
+        root: Dir,
         monitor: &'a dyn Monitor,
         parent: Option<Parent<'a>>,
         sink: S,
     ) -> Result<Self> {
         Ok(Self {
             request,
+            root,
             monitor,
             parent,
             sink,
@@ -163,11 +167,9 @@ impl<'a, S: Sink> Walk<'a, S> {
         })
     }
 
-    fn run(mut self, root: Dir) -> Result<(S, Summary)> {
-        let meta = root.stat().map_err(|error| {
-            Error::new(ErrorKind::Invalid, format!("cannot read the folder to save: {error}"))
-        })?;
-        self.folder(root, &meta)?;
+    fn run(mut self) -> Result<(S, Summary)> {
+        let meta = self.root.stat().map_err(|error| unreadable_root(&error))?;
+        self.folder(self.root.clone(), &meta)?;
         while !self.frames.is_empty() {
             if self.monitor.is_cancelled() {
                 return Err(Error::cancelled());
@@ -187,6 +189,8 @@ impl<'a, S: Sink> Walk<'a, S> {
             Ok(Some(entry)) => entry.name,
             Ok(None) => return self.leave(),
             Err(error) => {
+                let is_root = self.frames.len() == 1;
+                self.unless_gone(is_root, &error)?;
                 self.warn(format!("its names cannot be read on: {error}"), true);
                 return self.leave();
             }
@@ -207,6 +211,7 @@ impl<'a, S: Sink> Walk<'a, S> {
                 Ok(())
             }
             Err(error) => {
+                self.unless_gone(false, &error)?;
                 self.warn(format!("cannot be read: {error}"), true);
                 Ok(())
             }
@@ -356,6 +361,7 @@ impl<'a, S: Sink> Walk<'a, S> {
             match Listing::read(&dir, self.request.resources.listing_bytes(), &self.scratch) {
                 Ok(listing) => listing,
                 Err(error) => {
+                    self.unless_gone(self.frames.is_empty(), &error)?;
                     self.warn(format!("its content cannot be listed: {error}"), true);
                     return Ok(());
                 }
@@ -373,6 +379,7 @@ impl<'a, S: Sink> Walk<'a, S> {
             self.warn("vanished before it could be read".to_owned(), false);
             return Ok(());
         }
+        self.unless_gone(false, error)?;
         self.warn(format!("the folder cannot be opened: {error}"), true);
         let fs = self.file_systems.get(&meta.dev).map_or(0, |(number, _)| *number);
         let node = file::node(meta, fs, Vec::new(), Content::None);
@@ -418,9 +425,25 @@ impl<'a, S: Sink> Walk<'a, S> {
         })
     }
 
+    /// Ends the walk if `error` is of the root itself, or means that all below the root is gone. A single
+    /// file that another client removed, or a dead mount further down, cost no more than themselves.
+    fn unless_gone(&self, is_root: bool, error: &io::Error) -> Result<()> {
+        let may_be_gone = [Errno::STALE, Errno::NOTCONN, Errno::NODEV]
+            .iter()
+            .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()));
+        if is_root || (may_be_gone && self.root.stat().is_err()) {
+            return Err(unreadable_root(error));
+        }
+        Ok(())
+    }
+
     fn warn(&self, message: String, missing: bool) {
         self.monitor.warning(Warning { path: path(&self.key), message, missing });
     }
+}
+
+fn unreadable_root(error: &io::Error) -> Error {
+    Error::new(ErrorKind::Invalid, format!("cannot read the folder to save: {error}"))
 }
 
 pub(super) fn path(key: &[u8]) -> Vec<u8> {

@@ -11,9 +11,15 @@ use chunkstore::writer::WriterSettings;
 /// Least memory the program accepts.
 pub const MEMORY_BYTES_MIN: u64 = 96 << 20;
 
-/// What the program itself takes: code, stacks, the directory listing buffers, tree nodes, the
-/// allocator's slack.
-const FIXED_BYTES: u64 = 40 << 20;
+/// What the program itself takes, whatever it does: code, the runtime of connections, the allocator's
+/// slack.
+const PROGRAM_BYTES: u64 = 24 << 20;
+
+/// What a job takes whatever its size: stacks, the directory listing buffers, tree nodes, connections.
+const JOB_BYTES: u64 = 16 << 20;
+
+/// Both, where there is one job.
+const FIXED_BYTES: u64 = PROGRAM_BYTES + JOB_BYTES;
 
 /// What one worker takes.
 const WORKER_BYTES: u64 = 8 << 20;
@@ -21,7 +27,7 @@ const WORKER_BYTES: u64 = 8 << 20;
 /// Memory and threads of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Resources {
-    /// Resident bytes of the whole program.
+    /// Resident bytes of the whole program, were this its only job.
     pub memory_bytes: u64,
     /// Threads that read, hash, compress and seal.
     pub workers: usize,
@@ -55,6 +61,20 @@ impl Resources {
         let spare = left(&resources).saturating_sub(resources.workers as u64 * WORKER_BYTES) / 3;
         resources.pack_target_bytes = (pack + spare as usize).min(PACK_TARGET_BYTES_MAX);
         resources
+    }
+
+    /// Jobs that can run at once in one process of `memory_bytes`, each with what [`new`](Self::new) needs
+    /// at least; at least one.
+    pub fn jobs_in(memory_bytes: u64) -> usize {
+        let each = MEMORY_BYTES_MIN - PROGRAM_BYTES;
+        (memory_bytes.saturating_sub(PROGRAM_BYTES) / each).max(1) as usize
+    }
+
+    /// Divides `memory_bytes` among `jobs` that run at once in one process, and each part as
+    /// [`new`](Self::new) does: the program itself is there only once.
+    pub fn of_each(memory_bytes: u64, cpus: usize, jobs: usize) -> Self {
+        let share = memory_bytes.saturating_sub(PROGRAM_BYTES) / jobs.max(1) as u64;
+        Self::new(share + PROGRAM_BYTES, cpus)
     }
 
     /// Bytes of everything but the program itself and its workers.
@@ -126,5 +146,21 @@ mod tests {
                 assert!(largest || mib < 256 || cpus > 2, "{mib} MiB, {cpus} cpus: {resources:?}");
             }
         }
+    }
+
+    #[test]
+    fn several_jobs_of_one_process_stay_within_the_whole() {
+        for (mib, jobs) in [(1, 1), (96, 1), (167, 1), (168, 2), (192, 2), (512, 6), (1024, 13)] {
+            let whole = (mib << 20).max(MEMORY_BYTES_MIN);
+            assert_eq!(Resources::jobs_in(mib << 20), jobs, "{mib} MiB");
+            for jobs in 1..=jobs {
+                let each = Resources::of_each(whole, 4, jobs);
+                let workers = each.workers as u64 * WORKER_BYTES;
+                let job = JOB_BYTES + each.shared_bytes() + workers;
+                let total = PROGRAM_BYTES + jobs as u64 * job;
+                assert!(total <= whole, "{mib} MiB, {jobs} jobs: {total} in {each:?}");
+            }
+        }
+        assert_eq!(Resources::of_each(256 << 20, 4, 1), Resources::new(256 << 20, 4));
     }
 }

@@ -125,10 +125,10 @@ pub(super) struct S3 {
     #[arg(long, global = true)]
     pub(super) no_cache: bool,
     /// Send at most so many bytes a second, all uploads together.
-    #[arg(long, global = true, value_name = "SIZE", value_parser = size)]
+    #[arg(long, global = true, env = "EBACKUP_LIMIT_UPLOAD", value_name = "SIZE", value_parser = size)]
     pub(super) limit_upload: Option<u64>,
     /// Receive at most so many bytes a second, all downloads together.
-    #[arg(long, global = true, value_name = "SIZE", value_parser = size)]
+    #[arg(long, global = true, env = "EBACKUP_LIMIT_DOWNLOAD", value_name = "SIZE", value_parser = size)]
     pub(super) limit_download: Option<u64>,
     /// Address of a host and those below it, as 's3.test:127.0.0.1', instead of asking the system.
     #[arg(long, global = true, env = "EBACKUP_RESOLVE", value_name = "HOST:IP", value_parser = resolve)]
@@ -194,6 +194,17 @@ pub(super) enum Command {
     ///
     /// Example: ebackup --repo /srv/backup key add --new-password-file /root/password
     Key(Key),
+    /// Run as the agent on a node of a cluster: save and restore volumes for the controller.
+    ///
+    /// Where --memory is not given, it takes 75 % of the control group's limit; bandwidth limits count for
+    /// each job; --cache-dir is /var/cache/ebackup unless given.
+    ///
+    /// Example: ebackup agent --node node-1 --pod-uid 0f8fad5b-d9cb-469f-a165-70867728950e
+    Agent(Agent),
+    /// Wait until all volumes of a pod are restored. For init containers.
+    ///
+    /// Example: ebackup restore-wait 7c9e6679-7425-40de-944b-e07fc1f90ae7
+    RestoreWait(RestoreWait),
     /// Print the completion script of a shell.
     ///
     /// Example: ebackup completions bash > /etc/bash_completion.d/ebackup
@@ -492,6 +503,105 @@ impl Default for Prune {
     fn default() -> Self {
         Self { grace: None, max_unused: 5.0, max_repack: None, dry_run: false }
     }
+}
+
+#[derive(ClapArgs)]
+pub(super) struct Agent {
+    /// Where the controller is.
+    #[arg(
+        long,
+        env = "EBACKUP_CONTROLLER",
+        value_name = "HOST:PORT",
+        default_value = "ebackup-controller.velero.svc:7443"
+    )]
+    pub(super) controller: String,
+    /// Name in the controller's certificate [default: the host in --controller].
+    #[arg(long, env = "EBACKUP_SERVER_NAME", value_name = "NAME")]
+    pub(super) server_name: Option<String>,
+    /// Certificates (PEM) of those who may sign the controller's; the system's are not trusted. Read
+    /// anew for every connection.
+    #[arg(
+        long,
+        env = "EBACKUP_AUTHORITY_FILE",
+        value_name = "FILE",
+        default_value = "/etc/ebackup/ca/ca.crt"
+    )]
+    pub(super) ca_file: PathBuf,
+    /// Token of the agent's ServiceAccount, for the audience 'ebackup-controller'. Read anew for every
+    /// connection.
+    #[arg(
+        long,
+        env = "EBACKUP_TOKEN_FILE",
+        value_name = "FILE",
+        default_value = "/var/run/secrets/ebackup/token"
+    )]
+    pub(super) token_file: PathBuf,
+    /// Name of this node.
+    #[arg(long, env = "EBACKUP_NODE", value_name = "NAME")]
+    pub(super) node: String,
+    /// UID of the pod that the agent runs in.
+    #[arg(long, env = "EBACKUP_POD_UID", value_name = "UID")]
+    pub(super) pod_uid: String,
+    /// The kubelet's folder, as mounted into this container.
+    #[arg(
+        long,
+        env = "EBACKUP_KUBELET_ROOT",
+        value_name = "DIR",
+        default_value = "/var/lib/kubelet"
+    )]
+    pub(super) kubelet_root: PathBuf,
+    /// Jobs at once, at most; no more than the memory allows, 72 MiB each and 24 for the program.
+    #[arg(long, env = "EBACKUP_JOBS", value_name = "N", default_value_t = 4)]
+    pub(super) jobs: usize,
+    /// How far the threads of jobs stand back for others, from 0 to 19; their reading and writing goes by
+    /// it too.
+    #[arg(long, env = "EBACKUP_NICE", value_name = "N", default_value_t = 10)]
+    pub(super) nice: i32,
+    /// Where /metrics, /healthz and /readyz are served.
+    #[arg(long, env = "EBACKUP_HTTP", value_name = "IP:PORT", default_value = "0.0.0.0:8085")]
+    pub(super) http: std::net::SocketAddr,
+    /// Folder for temporary files [default: the system's].
+    #[arg(long, env = "EBACKUP_SCRATCH", value_name = "DIR")]
+    pub(super) scratch: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) log: Log,
+}
+
+/// How is logged, to standard error.
+#[derive(ClapArgs)]
+pub(super) struct Log {
+    /// Form of log lines.
+    #[arg(
+        long,
+        env = "EBACKUP_LOG_FORMAT",
+        value_enum,
+        value_name = "FORM",
+        default_value = "text"
+    )]
+    pub(super) log_format: LogFormat,
+    /// What is logged: error, warn, info, debug or trace.
+    #[arg(long, env = "EBACKUP_LOG_LEVEL", value_name = "LEVEL", default_value = "info")]
+    pub(super) log_level: tracing::Level,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum LogFormat {
+    /// A line for people.
+    Text,
+    /// A JSON object a line.
+    Json,
+}
+
+#[derive(ClapArgs)]
+pub(super) struct RestoreWait {
+    /// UID of the restore.
+    #[arg(value_name = "UID")]
+    pub(super) restore: String,
+    /// The folder with a folder for each volume.
+    #[arg(long, value_name = "DIR", default_value = "/restores")]
+    pub(super) root: PathBuf,
+    #[command(flatten)]
+    pub(super) log: Log,
 }
 
 #[derive(ClapArgs)]

@@ -54,7 +54,9 @@ pub(super) fn run(
     let matcher = |path: &[u8], is_dir: bool| is_excluded(excludes.as_ref(), path, is_dir);
     let request = Request {
         source,
+        opened: None,
         lineage,
+        parent: None,
         host,
         tags: args.tag.iter().cloned().collect::<BTreeMap<_, _>>(),
         excludes: excludes.is_some().then_some(&matcher),

@@ -1,7 +1,5 @@
 //! Taking care of a repository: `check`, `forget`, `prune` and `stats`.
 
-use std::time::Duration;
-
 use anyhow::Result;
 use chunkstore::check::{self, CheckOptions, Finding, ReadData};
 use chunkstore::gc::{self, PruneSettings, RepackSettings};
@@ -11,9 +9,7 @@ use serde::Serialize;
 use super::args::{Check, Forget, Global, Prune};
 use super::output::Output;
 use super::{DONE, FAILED, INCOMPLETE, now, secret, snapshot};
-
-/// How long a backup may give no sign of life, which it does once a minute, before it is declared dead.
-const GRACE: Duration = Duration::from_secs(3600);
+use crate::repository::SESSION_GRACE;
 
 pub(super) fn check(global: &Global, args: &Check, output: &Output) -> Result<u8> {
     let resources = secret::resources(global)?;
@@ -125,7 +121,7 @@ pub(super) fn prune(global: &Global, args: &Prune, output: &Output) -> Result<u8
         pack_target_bytes: secret::resources(global)?.pack_target_bytes,
     };
     let settings = PruneSettings {
-        grace: args.grace.unwrap_or(GRACE),
+        grace: args.grace.unwrap_or(SESSION_GRACE),
         dry_run: args.dry_run,
         writer,
         repack: (args.max_unused < 100.0).then_some(repack),

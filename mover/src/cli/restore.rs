@@ -54,6 +54,7 @@ pub(super) fn run(
         root: (snapshot.root, snapshot.level),
         subpath: &subpath,
         target: &args.target,
+        opened: None,
         filter: filter.is_some().then_some(&decide),
         options: RestoreOptions {
             overwrite: args.overwrite.into(),

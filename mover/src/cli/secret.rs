@@ -16,13 +16,13 @@ use chunkstore::id::RepositoryId;
 use chunkstore::key_slot::{Unlock, hex, unhex};
 use chunkstore::repository::Repository;
 use objects::ObjectStore;
-use objects::cached::CachedStore;
 use objects::local::LocalStore;
-use objects::s3::{Addressing, CredentialSource, S3Config, S3Store};
+use objects::s3::{Addressing, CredentialSource, S3Config};
 
 use super::UsageError;
 use super::args::{self, Global};
 use crate::backup::{MEMORY_BYTES_MIN, Resources};
+use crate::repository::{self, IndexCache, other_object};
 
 /// First words of a key file.
 const KEY_FILE_TITLE: &str = "ebackup key file";
@@ -143,25 +143,12 @@ pub(super) fn new_store(global: &Global) -> Result<Arc<dyn ObjectStore>> {
             return Ok(Arc::new(store));
         }
     };
-    if store.stat(chunkstore::record::CONFIG).is_ok() {
-        return Ok(store);
-    }
-    // Keys are what an interrupted 'init' leaves.
-    let mut other = None;
-    let found = store.list("", &mut |meta| {
-        if meta.key.starts_with("keys/") || meta.key.starts_with("probes/") {
-            return Ok(());
-        }
-        other = Some(meta.key);
-        Err(objects::Error::new(objects::ErrorKind::Invalid, "list", ""))
-    });
-    match (found, other) {
-        (_, Some(other)) => bail!(
+    match other_object(&*store)? {
+        Some(other) => bail!(
             "'{place}' is no repository and not empty (it holds '{other}'): give another prefix"
         ),
-        (found, None) => found?,
+        None => Ok(store),
     }
-    Ok(store)
 }
 
 fn refuse_other_files(path: &Path) -> Result<()> {
@@ -212,7 +199,7 @@ fn open_bucket(url: &str, options: &args::S3) -> Result<Arc<dyn ObjectStore>> {
     let config =
         S3Config::new(url, options.endpoint.as_deref(), options.region.as_deref(), credentials)?;
     let addressing = if options.path_style { Addressing::Path } else { Addressing::Auto };
-    let store = S3Store::open(S3Config {
+    let config = S3Config {
         addressing,
         ca_file: options.ca_file.clone(),
         content_md5: options.content_md5,
@@ -220,17 +207,11 @@ fn open_bucket(url: &str, options: &args::S3) -> Result<Arc<dyn ObjectStore>> {
         limit_download: options.limit_download,
         resolve: options.resolve.clone(),
         ..config
-    });
-    let store = Arc::new(store.with_context(|| format!("cannot use '{url}' as a repository"))?);
-    let Some(dir) = cache_dir(options).filter(|_| !options.no_cache) else {
-        return Ok(store);
     };
-    // One store, one folder; a location is too long for a name.
-    let own = dir.join(blake3::hash(store.location().as_bytes()).to_hex().as_str());
-    let folder = chunkstore::index::FOLDER;
-    let cached = CachedStore::new(store.clone(), folder, &own, options.cache_size);
-    // Without a cache all works, only slower.
-    Ok(cached.map_or(store as Arc<dyn ObjectStore>, |cached| Arc::new(cached)))
+    let cache = cache_dir(options).filter(|_| !options.no_cache);
+    let cache = cache.map(|dir| IndexCache { dir, max_bytes: options.cache_size });
+    repository::open_bucket(config, cache.as_ref())
+        .with_context(|| format!("cannot use '{url}' as a repository"))
 }
 
 fn cache_dir(options: &args::S3) -> Option<PathBuf> {

@@ -149,6 +149,13 @@ impl Dir {
     }
 }
 
+/// A name that may be made: one component of at most 255 bytes, and no way out of its folder.
+pub fn is_plain_name(name: &[u8]) -> bool {
+    !matches!(name, b"" | b"." | b"..")
+        && name.len() <= 255
+        && !name.iter().any(|byte| matches!(byte, 0 | b'/'))
+}
+
 /// Lets only plain names through; NUL bytes are refused by rustix.
 pub(super) fn checked(name: &[u8]) -> io::Result<&[u8]> {
     if matches!(name, b"" | b"." | b"..") || name.contains(&b'/') {

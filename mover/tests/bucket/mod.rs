@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use objects::testing::proxy::Proxy;
 use objects::testing::server::{TestServer, fresh};
 
 pub(crate) const BUCKET: &str = "ebackup-cli";
@@ -20,12 +21,21 @@ pub(crate) struct Session {
 
 impl Session {
     pub(crate) fn new() -> Self {
-        let server = TestServer::from_env();
+        Self::on(TestServer::from_env())
+    }
+
+    pub(crate) fn on(server: TestServer) -> Self {
         server.make_bucket(&server.config(BUCKET, ""));
         let url = format!("s3://{BUCKET}/{}", fresh("test"));
         let dir = tempfile::tempdir().unwrap();
         let endpoint = format!("https://s3.test:{}", server.tls_port);
         Self { key: server.key.clone(), server, endpoint, url, dir }
+    }
+
+    /// In front of whose server a proxy stands from now on.
+    pub(crate) fn through(mut self, proxy: &Proxy) -> Self {
+        self.endpoint = format!("http://s3.test:{}", proxy.server().port);
+        self
     }
 
     pub(crate) fn command(&self, args: &[&str]) -> Command {
@@ -42,6 +52,19 @@ impl Session {
             .env("AWS_ACCESS_KEY_ID", &self.key)
             .env("AWS_SECRET_ACCESS_KEY", &self.server.secret);
         command
+    }
+
+    /// Runs a command that has to fail with advice.
+    pub(crate) fn fails(&self, args: &[&str], parts: &[&str]) {
+        refused(&self.command(args).output().unwrap(), parts);
+    }
+
+    /// Restores the newest snapshot, which has to be the same as `source`, and checks everything.
+    pub(crate) fn restores(&self, source: &Path) {
+        let target = self.dir.path().join(fresh("restored"));
+        self.run(&["restore", "latest", "--target", target.to_str().unwrap()]);
+        assert_same(source, &target);
+        self.run(&["check", "--read-data"]);
     }
 
     /// Runs a command that has to succeed; its standard output.

@@ -124,7 +124,9 @@ impl<'a> Log<'a> {
 pub fn request(source: &Path) -> Request<'static> {
     Request {
         source: source.to_owned(),
+        opened: None,
         lineage: "test".into(),
+        parent: None,
         host: "host".into(),
         tags: BTreeMap::new(),
         excludes: None,
@@ -186,6 +188,7 @@ pub fn try_restore(
         root: (snapshot.root, snapshot.level),
         subpath: b"",
         target,
+        opened: None,
         filter: None,
         options: restore_options(),
         monitor: log,
