@@ -1,0 +1,301 @@
+//! The dispatcher against a real API server and a real S3 server, with agents that the test plays.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::time::Duration;
+
+use common::{Fleet, LOCATION, World, saved};
+use controller::api::location::LocationPhase;
+use controller::api::repository::RepositoryPhase;
+use controller::api::{
+    BackupRepository, BackupStorageLocation, PodVolumeBackup, PodVolumePhase, PodVolumeRestore,
+};
+use controller::dispatch::Settings;
+use controller::queue::Limits;
+use futures::future::join_all;
+use k8s_openapi::api::core::v1::{Event, Secret};
+use kube::ResourceExt;
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use serde_json::json;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_definitions_are_accepted_and_all_fields_survive() {
+    let world = World::new("fields").await;
+    let backup = json!({
+        "node": "n", "pod": {"kind": "Pod", "namespace": "a", "name": "b", "uid": "c"},
+        "volume": "v", "backupStorageLocation": "l", "repoIdentifier": "", "uploaderType": "restic",
+        "tags": {"a": "b"}, "uploaderSettings": {"ParallelFilesUpload": "4"}, "cancel": true,
+        "parentSnapshot": "p",
+    });
+    let status = json!({
+        "phase": "InProgress", "path": "/x", "node": "n", "snapshotID": "s", "message": "m",
+        "startTimestamp": "2026-01-02T03:04:05Z", "acceptedTimestamp": "2026-01-02T03:04:05Z",
+        "completionTimestamp": "2026-01-02T03:04:05Z", "incrementalBytes": 9_000_000_000_u64,
+        "progress": {"totalBytes": 9_000_000_000_u64, "bytesDone": 1}, "warnings": 3,
+    });
+    let made: PodVolumeBackup = world
+        .create(json!({"apiVersion": "velero.io/v1", "kind": "PodVolumeBackup",
+                       "metadata": {"name": "b"}, "spec": backup, "status": status}))
+        .await;
+    assert_eq!(json!(made.spec), backup);
+    assert_eq!(json!(made.status), status, "a status is kept, as there is no subresource");
+    let restore = json!({
+        "pod": {"name": "b"}, "volume": "v", "backupStorageLocation": "l", "repoIdentifier": "",
+        "uploaderType": "kopia", "snapshotID": "s", "snapshotSize": 5, "sourceNamespace": "a",
+        "uploaderSettings": {"x": "y"}, "cancel": false,
+    });
+    let made: PodVolumeRestore = world
+        .create(json!({"apiVersion": "velero.io/v1", "kind": "PodVolumeRestore",
+                       "metadata": {"name": "r"}, "spec": restore}))
+        .await;
+    assert_eq!(json!(made.spec), restore);
+    let location = json!({
+        "provider": "aws", "config": {"region": "r"}, "credential": {"name": "n", "key": "k"},
+        "objectStorage": {"bucket": "b", "prefix": "p", "caCert": "eA==",
+                          "caCertRef": {"name": "n", "key": "k", "optional": true}},
+        "default": true, "accessMode": "ReadOnly", "backupSyncPeriod": "1m0s",
+        "validationFrequency": "0s",
+    });
+    let status = json!({
+        "phase": "Available", "lastValidationTime": "2026-01-02T03:04:05Z",
+        "lastSyncedTime": "2026-01-02T03:04:05Z", "message": "m", "lastSyncedRevision": "r",
+        "accessMode": "ReadWrite", "conditions": [{
+            "type": "Available", "status": "True", "reason": "R", "message": "m",
+            "lastTransitionTime": "2026-01-02T03:04:05Z"}],
+    });
+    let made: BackupStorageLocation = world
+        .create(json!({"apiVersion": "velero.io/v1", "kind": "BackupStorageLocation",
+                       "metadata": {"name": "l"}, "spec": location, "status": status}))
+        .await;
+    assert_eq!((json!(made.spec), json!(made.status)), (location, status));
+    let repository = json!({
+        "volumeNamespace": "", "backupStorageLocation": "l", "repositoryType": "kopia",
+        "maintenanceFrequency": "1h0m0s", "repositoryConfig": {"a": "b"}, "resticIdentifier": "x",
+    });
+    let status = json!({
+        "phase": "Ready", "message": "m", "lastMaintenanceTime": "2026-01-02T03:04:05Z",
+        "repositoryID": "i", "recentMaintenance": [{
+            "result": "Succeeded", "startTimestamp": "2026-01-02T03:04:05Z",
+            "completeTimestamp": "2026-01-02T03:04:05Z", "message": "m"}],
+    });
+    let made: BackupRepository = world
+        .create(json!({"apiVersion": "velero.io/v1", "kind": "BackupRepository",
+                       "metadata": {"name": "l"}, "spec": repository, "status": status}))
+        .await;
+    assert_eq!((json!(made.spec), json!(made.status)), (repository, status));
+}
+
+fn condition(location: &BackupStorageLocation, kind: &str) -> Option<String> {
+    let conditions = location.status.as_ref()?.conditions.as_ref()?;
+    let found = conditions.iter().find(|condition| condition.type_ == kind)?;
+    Some(found.status.clone())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_location_of_e_backup_works_and_asks_for_its_key_to_be_exported() {
+    let world = World::new("sample").await;
+    world.good_location().await;
+    let dispatcher = world.dispatch(Settings::default());
+    let fleet = Fleet::new(false);
+    let _agent = fleet.join(&dispatcher, "n1").await;
+    let is_good = |location: &BackupStorageLocation| {
+        location.status.as_ref().is_some_and(|it| it.phase == Some(LocationPhase::Available))
+            && condition(location, "KeyNotExported").as_deref() == Some("True")
+            && condition(location, "ReachableFromNodes").as_deref() == Some("True")
+    };
+    let location = world.until(LOCATION, "is available", is_good).await;
+    assert!(location.status.unwrap().last_validation_time.is_some());
+    let is_ready = |repository: &BackupRepository| {
+        repository.status.as_ref().is_some_and(|it| it.phase == RepositoryPhase::Ready)
+    };
+    let repository: BackupRepository = world.until(LOCATION, "is ready", is_ready).await;
+    assert_eq!(repository.spec.repository_type.as_deref(), Some("ebackup"));
+    let name = format!("ebackup-repository-{LOCATION}");
+    let patch = json!({"metadata": {"annotations": {"ebackup.io/key-exported": "true"}}});
+    let secrets = world.api::<Secret>();
+    secrets.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await.unwrap();
+    let exported = |location: &BackupStorageLocation| {
+        condition(location, "KeyNotExported").as_deref() == Some("False")
+    };
+    world.until(LOCATION, "knows that the key is exported", exported).await;
+    let events = world.api::<Event>().list(&ListParams::default()).await.unwrap();
+    let about_key = events.iter().any(|event| event.reason.as_deref() == Some("KeyNotExported"));
+    assert!(about_key, "{events:?}");
+    let (server, prefix) = (world.server.clone(), world.namespace.clone());
+    let left = tokio::task::spawn_blocking(move || {
+        let mut count = 0;
+        let store = server.store(&prefix);
+        let list = objects::ObjectStore::list(&store, "", &mut |_| {
+            count += 1;
+            Ok(())
+        });
+        list.map(|()| count)
+    });
+    // A validation may be under way.
+    assert!(left.await.unwrap().unwrap() <= 1, "probe objects are left");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_location_that_cannot_work_says_what_to_do() {
+    let unavailable = |part: &'static str| {
+        move |location: &BackupStorageLocation| {
+            location.status.as_ref().is_some_and(|status| {
+                status.phase == Some(LocationPhase::Unavailable)
+                    && status.message.as_ref().is_some_and(|message| message.contains(part))
+            })
+        }
+    };
+    let world = World::new("wrong-key").await;
+    world.location("ebackup-tests", "wrong").await;
+    let _dispatcher = world.dispatch(Settings::default());
+    let location =
+        world.until(LOCATION, "is refused", unavailable("the secret key is wrong")).await;
+    assert!(!location.status.unwrap().message.unwrap().contains(&world.server.secret));
+    let other = World::new("no-bucket").await;
+    other.location("ebackup-no-such-bucket", &world.server.secret).await;
+    let _other = other.dispatch(Settings::default());
+    other.until(LOCATION, "misses its bucket", unavailable("make the bucket")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_volumes_take_three_slots_and_all_complete() {
+    let world = World::new("twenty").await;
+    world.good_location().await;
+    let dispatcher = world.dispatch(Settings::default());
+    let fleet = Fleet::new(true);
+    let _agents = (fleet.join(&dispatcher, "n1").await, fleet.join(&dispatcher, "n2").await);
+    let pods = [world.pod("p1", "n1").await, world.pod("p2", "n2").await];
+    for at in 0..20 {
+        world.backup(&format!("b{at}"), &format!("backup-{}", at % 3), &pods[at % 2]).await;
+    }
+    fleet.until("that three run", |seen| seen.running.len() == 3).await;
+    fleet.release();
+    let names: Vec<String> = (0..20).map(|at| format!("b{at}")).collect();
+    let all = names.iter().map(|name| world.until_phase(name, PodVolumePhase::Completed));
+    for done in join_all(all).await {
+        let status = done.status.clone().unwrap();
+        assert_eq!(status.snapshot_id, Some(format!("snapshot-of-{}", done.uid().unwrap())));
+        assert!(status.start_timestamp.is_some() && status.completion_timestamp.is_some());
+        assert_eq!(status.progress.unwrap().bytes_done, Some(100));
+    }
+    fleet.until("that all are recorded", |seen| seen.recorded.len() >= 21).await;
+    let seen = fleet.seen();
+    assert_eq!(seen.most, 3);
+    assert!(seen.assigned.values().all(|times| *times == [false]), "{:?}", seen.assigned);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_dispatcher_takes_over_in_the_middle() {
+    let world = World::new("takeover").await;
+    world.good_location().await;
+    let first = world.dispatch(Settings::default());
+    let fleet = Fleet::new(true);
+    let mut agent = fleet.join(&first, "n1").await;
+    let pod = world.pod("p", "n1").await;
+    for at in 0..8 {
+        world.backup(&format!("b{at}"), "backup", &pod).await;
+    }
+    fleet.until("that three run", |seen| seen.running.len() == 3).await;
+    let held: Vec<String> = fleet.seen().running.keys().cloned().collect();
+    agent.cut(&fleet).await;
+    first.kill().await;
+    let second = world.dispatch(Settings::default());
+    let _agent = fleet.join(&second, "n1").await;
+    fleet.release();
+    let names: Vec<String> = (0..8).map(|at| format!("b{at}")).collect();
+    let all = names.iter().map(|name| world.until_phase(name, PodVolumePhase::Completed));
+    assert_eq!(join_all(all).await.len(), 8);
+    let seen = fleet.seen();
+    assert!(seen.most <= 3, "{seen:?}");
+    for job in held {
+        assert_eq!(seen.assigned[&job].len(), 1, "what ran went on");
+    }
+}
+
+async fn cancel(world: &World, name: &str) {
+    let patch = Patch::Merge(json!({"spec": {"cancel": true}}));
+    world.api::<PodVolumeBackup>().patch(name, &PatchParams::default(), &patch).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_and_what_runs_can_be_cancelled_and_deleted() {
+    let world = World::new("cancel").await;
+    world.good_location().await;
+    let limits = Limits { cluster: 2, node: 0 };
+    let dispatcher = world.dispatch(Settings { limits, ..Settings::default() });
+    let fleet = Fleet::new(true);
+    let _agent = fleet.join(&dispatcher, "n1").await;
+    let pod = world.pod("p", "n1").await;
+    let mut uids = Vec::new();
+    for name in ["runs", "deleted"] {
+        uids.push(world.backup(name, "backup", &pod).await.uid().unwrap());
+        world.until_phase(name, PodVolumePhase::InProgress).await;
+    }
+    world.backup("waits", "backup", &pod).await;
+    let says_why = |object: &PodVolumeBackup| {
+        let message = object.status.as_ref().and_then(|status| status.message.as_ref());
+        message.is_some_and(|message| message.contains("waiting for a worker"))
+    };
+    world.until("waits", "says why it waits", says_why).await;
+    cancel(&world, "waits").await;
+    world.until_phase("waits", PodVolumePhase::Canceled).await;
+    cancel(&world, "runs").await;
+    world.until_phase("runs", PodVolumePhase::Canceled).await;
+    let api = world.api::<PodVolumeBackup>();
+    api.delete("deleted", &DeleteParams::default()).await.unwrap();
+    fleet.until("that both end", |seen| uids.iter().all(|uid| seen.cancelled.contains(uid))).await;
+    fleet
+        .until("that both are recorded", |seen| uids.iter().all(|it| seen.recorded.contains(it)))
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_agent_holds_nobody_up_and_its_jobs_fail() {
+    let world = World::new("lost").await;
+    world.good_location().await;
+    let settings = Settings {
+        limits: Limits { cluster: 1, node: 0 },
+        agent_uncounted: Duration::ZERO,
+        agent_lost: Duration::from_secs(2),
+        ..Settings::default()
+    };
+    let dispatcher = world.dispatch(settings);
+    let fleet = Fleet::new(true);
+    let lost = fleet.join(&dispatcher, "n1").await;
+    let _other = fleet.join(&dispatcher, "n2").await;
+    let (pod, other) = (world.pod("p1", "n1").await, world.pod("p2", "n2").await);
+    world.backup("first", "backup", &pod).await;
+    world.until_phase("first", PodVolumePhase::InProgress).await;
+    world.backup("second", "backup", &other).await;
+    lost.leave_with_jobs(&fleet).await;
+    let failed = world.until_phase("first", PodVolumePhase::Failed).await;
+    let message = failed.status.unwrap().message.unwrap();
+    assert!(message.contains("agent of node 'n1'"), "{message}");
+    world.until_phase("second", PodVolumePhase::InProgress).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outcome_that_is_said_again_is_recorded_again() {
+    let world = World::new("twice").await;
+    world.good_location().await;
+    let dispatcher = world.dispatch(Settings::default());
+    let fleet = Fleet::new(false);
+    let agent = fleet.join(&dispatcher, "n1").await;
+    let pod = world.pod("p", "n1").await;
+    let uid = world.backup("b", "backup", &pod).await.uid().unwrap();
+    let done = world.until_phase("b", PodVolumePhase::Completed).await;
+    let times = |count: usize| {
+        let uid = uid.clone();
+        move |seen: &common::Seen| seen.recorded.iter().filter(|job| **job == uid).count() == count
+    };
+    fleet.until("that it is recorded", times(1)).await;
+    agent.say_finished(saved(&uid)).await;
+    fleet.until("that it is recorded again", times(2)).await;
+    agent.say_finished(saved("a-job-of-nobody")).await;
+    let unknown = |seen: &common::Seen| seen.recorded.iter().any(|job| job == "a-job-of-nobody");
+    fleet.until("that what nobody knows is forgotten", unknown).await;
+    let now = world.api::<PodVolumeBackup>().get("b").await.unwrap();
+    assert_eq!(now.resource_version(), done.resource_version(), "nothing was written again");
+}
