@@ -1,13 +1,16 @@
 //! `cargo xtask test`: everything that decides whether a change is good, in the order in which it
-//! fails fastest. `cargo xtask s3 up` and `down`: the S3 server that some tests need, for running them
-//! one by one.
+//! fails fastest. `cargo xtask s3|apiserver|cluster up` and `down`: the servers that some tests need,
+//! for running them one by one. `cargo xtask image`: the container image.
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
 
+mod cluster;
+mod image;
 mod s3;
+mod service;
 
 /// One step: what it is, and the command.
 type Step = (&'static str, &'static [&'static str]);
@@ -26,6 +29,20 @@ const TEST: &[Step] = &[
             "--",
             "-D",
             "warnings",
+        ],
+    ),
+    (
+        "build",
+        &[
+            "cargo",
+            "test",
+            "--workspace",
+            "--all-features",
+            "--locked",
+            "--lib",
+            "--bins",
+            "--tests",
+            "--no-run",
         ],
     ),
     (
@@ -69,7 +86,15 @@ fn main() -> ExitCode {
         (Some("test"), None) => run(TEST),
         (Some("s3"), Some("up")) => s3::up().map(|_| ()),
         (Some("s3"), Some("down")) => s3::down(),
-        _ => Err(anyhow::anyhow!("usage: cargo xtask test | s3 up | s3 down")),
+        (Some("apiserver"), Some("up")) => cluster::apiserver_up().map(|_| ()),
+        (Some("apiserver"), Some("down")) => cluster::apiserver_down(),
+        (Some("cluster"), Some("up")) => cluster::up().map(|_| ()),
+        (Some("cluster"), Some("down")) => cluster::down(),
+        (Some("cluster"), Some("smoke")) => cluster::smoke(),
+        (Some("image"), built) => image::build(built.map(Path::new)),
+        _ => Err(anyhow::anyhow!(
+            "usage: cargo xtask test | s3|apiserver|cluster up|down | cluster smoke | image [FOLDER]"
+        )),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -84,11 +109,19 @@ fn run(steps: &[Step]) -> Result<()> {
     let root =
         Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in the workspace")?;
     check_layers(root)?;
-    let server = Started(s3::up()?);
+    let mut servers = None;
     for (name, command) in steps {
+        if *name == "tests" {
+            // What runs in the cluster is what was just built.
+            image::build(Some(&root.join("target/debug")))?;
+            servers = Some(Servers::start()?);
+        }
         say(&format!("== {name}: {}", command.join(" ")));
         let mut child = Command::new(command[0]);
-        child.args(&command[1..]).current_dir(root).envs(server.0.iter().cloned());
+        child.args(&command[1..]).current_dir(root);
+        if let Some(Servers(variables)) = &servers {
+            child.envs(variables.iter().cloned());
+        }
         if *name == "documentation" {
             child.env("RUSTDOCFLAGS", "-D warnings");
         }
@@ -100,13 +133,27 @@ fn run(steps: &[Step]) -> Result<()> {
     Ok(())
 }
 
-/// The S3 server of the tests, stopped whatever becomes of them.
-struct Started(Vec<(String, String)>);
+/// What tests find the servers by; they are stopped whatever becomes of the tests.
+struct Servers(service::Variables);
 
-impl Drop for Started {
+impl Servers {
+    fn start() -> Result<Self> {
+        let mut servers = Self(Vec::new());
+        servers.0.extend(s3::up()?);
+        servers.0.extend(cluster::apiserver_up()?);
+        servers.0.extend(cluster::up()?);
+        say("== what tests rely on in the cluster");
+        cluster::smoke()?;
+        Ok(servers)
+    }
+}
+
+impl Drop for Servers {
     fn drop(&mut self) {
-        if let Err(error) = s3::down() {
-            say(&format!("xtask: {error:#}"));
+        for down in [cluster::down, cluster::apiserver_down, s3::down] {
+            if let Err(error) = down() {
+                say(&format!("xtask: {error:#}"));
+            }
         }
     }
 }

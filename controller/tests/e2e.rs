@@ -1,0 +1,335 @@
+//! The product on a real cluster of one node, installed from `deploy/`: what its README promises, and what happens when
+//! its parts are killed.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod cluster;
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use cluster::{BUCKET, Cluster, NAMESPACE, is_ready, wait, wait_for};
+use serde_json::{Value, json};
+
+/// Text of a file in a pod of a script below; the same for the same number.
+fn fill(files: u32) -> String {
+    format!(
+        "i=0; while [ $i -lt {files} ]; do mkdir -p /data/d$((i % 10)); echo \"file $i\" > /data/d$((i % 10))/f$i; \
+         i=$((i + 1)); done; ln -s d1/f1 /data/link; chmod 640 /data/d2/f2; chown 1234:5678 /data/d3/f3"
+    )
+}
+
+/// What tells two volumes apart: names, kinds, modes, owners and content.
+const FINGERPRINT: &str = "cd /data && find . -mindepth 1 | sort | xargs -n 100 stat -c '%n %F %a %u %g' ; \
+                           find . -type f | sort | xargs -n 100 md5sum";
+
+fn snapshot(backup: &Value) -> String {
+    backup["status"]["snapshotID"].as_str().unwrap().to_owned()
+}
+
+/// The command, on the location `default`, with nothing but the bucket and the passphrase.
+fn ebackup(cluster: &Cluster, args: &[&str]) -> String {
+    let secret = cluster.find("secret", NAMESPACE, "ebackup-repository-default").unwrap();
+    let encoded = secret["data"]["passphrase"].as_str().unwrap();
+    let decoded = Command::new("base64").arg("-d").stdin(input(encoded)).output().unwrap().stdout;
+    let program: PathBuf =
+        std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("ebackup");
+    let output = Command::new(program)
+        .args(args)
+        .env("EBACKUP_REPO", format!("s3://{BUCKET}/{}/restic/_chunkstore", cluster.prefix))
+        .env("EBACKUP_ENDPOINT", format!("http://127.0.0.1:{}", cluster.s3.port))
+        .env("EBACKUP_PASSWORD", String::from_utf8(decoded).unwrap())
+        .env("AWS_ACCESS_KEY_ID", &cluster.s3.key)
+        .env("AWS_SECRET_ACCESS_KEY", &cluster.s3.secret)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Text as standard input.
+fn input(text: &str) -> std::fs::File {
+    use std::io::{Seek, Write};
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file.rewind().unwrap();
+    file
+}
+
+#[test]
+fn a_volume_is_saved_and_comes_back_in_another_pod() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace("roundtrip");
+    let pod = cluster.pod(&namespace, "source", &fill(300), &|_| {});
+    let first = cluster.save(&format!("{namespace}-1"), &pod);
+    assert!(first["status"]["progress"]["bytesDone"].as_u64().unwrap() > 1000, "{first}");
+    for time in ["startTimestamp", "completionTimestamp"] {
+        assert!(first["status"][time].is_string(), "{time}: {first}");
+    }
+    cluster.exec(&namespace, "source", "echo more > /data/new; rm /data/d1/f11");
+    let second = cluster.save(&format!("{namespace}-2"), &pod);
+    assert_ne!(snapshot(&first), snapshot(&second));
+    let fingerprint = cluster.exec(&namespace, "source", FINGERPRINT);
+    assert!(
+        fingerprint.lines().count() > 600 && fingerprint.contains("1234 5678"),
+        "{fingerprint}"
+    );
+
+    cluster.restore(&namespace, "target", &snapshot(&second));
+    assert_eq!(cluster.exec(&namespace, "target", FINGERPRINT), fingerprint);
+    assert_eq!(
+        cluster.exec(&namespace, "target", "ls -A /data/.velero 2>/dev/null | wc -l").trim(),
+        "0"
+    );
+
+    // With no cluster at all: the bucket and the passphrase are enough.
+    let list = ebackup(&cluster, &["--json", "snapshots"]);
+    assert!(list.contains(&snapshot(&first)) && list.contains(&snapshot(&second)), "{list}");
+    assert_eq!(ebackup(&cluster, &["dump", &snapshot(&second), "new"]), "more\n");
+    ebackup(&cluster, &["check", "--read-data"]);
+}
+
+/// As the README has it.
+#[test]
+fn the_examples_run_as_they_stand() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace("examples");
+    let pod = cluster.pod(&namespace, "source", &fill(30), &|_| {});
+    assert!(is_ready(&pod));
+    let snapshot = cluster.example("save-volume.sh", &[&namespace, "source", "data"]);
+    cluster.example("restore-volume.sh", &[&namespace, "target", snapshot.trim()]);
+    assert_eq!(
+        cluster.exec(&namespace, "target", FINGERPRINT),
+        cluster.exec(&namespace, "source", FINGERPRINT)
+    );
+}
+
+#[test]
+fn the_agents_account_has_no_permission_and_the_controllers_few() {
+    let cluster = Cluster::get();
+    let may = |account: &str, verb: &str, what: &str, namespace: &str| {
+        let user = format!("--as=system:serviceaccount:{NAMESPACE}:{account}");
+        let text = cluster.kubectl(&["auth", "can-i", "--list", "-n", namespace, &user]);
+        text.lines().any(|line| line.starts_with(what) && line.contains(verb))
+    };
+    for what in ["secrets", "pods", "podvolumebackups", "nodes", "*.*"] {
+        assert!(!may("node-agent", "get", what, NAMESPACE), "an agent may get {what}");
+    }
+    assert!(may("velero", "get", "secrets", NAMESPACE));
+    assert!(!may("velero", "get", "secrets", "default"));
+    assert!(!may("velero", "create", "pods", NAMESPACE));
+}
+
+#[test]
+fn a_volume_that_cannot_be_saved_is_refused_with_the_reason() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace("refused");
+    let pod = cluster.pod(&namespace, "source", "true", &|pod| {
+        pod["spec"]["volumes"][0] = json!({ "name": "data", "hostPath": { "path": "/tmp" } });
+    });
+    cluster.apply(&cluster.backup(&namespace, &pod));
+    let failed = cluster.wait_for_phase("podvolumebackup", NAMESPACE, &namespace, "Failed");
+    let message = failed["status"]["message"].as_str().unwrap();
+    assert!(message.contains("hostPath"), "{message}");
+    // And it is told where people look.
+    let events = wait("an event", || {
+        let text = cluster.kubectl(&["-n", NAMESPACE, "get", "events", "-o", "json"]);
+        text.contains(&namespace).then_some(text)
+    });
+    assert!(events.contains("hostPath"), "{events}");
+}
+
+#[test]
+fn a_location_says_what_is_wrong_with_it() {
+    let cluster = Cluster::get();
+    cluster.apply(&cluster.credentials("wrong-credentials", "HUAWEI_CLOUD", "not-the-secret"));
+    cluster.apply(&cluster.location("wrong", "wrong-credentials", "wrong"));
+    let location =
+        cluster.wait_for_phase("backupstoragelocation", NAMESPACE, "wrong", "Unavailable");
+    let message = location["status"]["message"].as_str().unwrap();
+    assert!(message.contains("secret key"), "{message}");
+    assert!(!message.contains("not-the-secret"), "{message}");
+    cluster.apply(&cluster.credentials("wrong-credentials", "HUAWEI_CLOUD", &cluster.s3.secret));
+    cluster.wait_for_phase("backupstoragelocation", NAMESPACE, "wrong", "Available");
+    cluster.kubectl(&["-n", NAMESPACE, "delete", "backupstoragelocation", "wrong"]);
+}
+
+/// The first cluster is gone: all that is left is the bucket, and what the operator kept.
+#[test]
+fn the_passphrase_that_was_kept_is_enough_for_another_cluster() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace("second");
+    let pod = cluster.pod(&namespace, "source", &fill(30), &|_| {});
+    let saved = cluster.save(&namespace, &pod);
+    let location = cluster.find("backupstoragelocation", NAMESPACE, "default").unwrap();
+    let condition = |location: &Value, name: &str| {
+        let all = location["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        all.into_iter().find(|one| one["type"] == name)
+    };
+    let exported =
+        condition(&location, "KeyNotExported").expect("it is told that the key was not kept");
+    assert_eq!(exported["status"], "True", "{exported}");
+    let secret = cluster.find("secret", NAMESPACE, "ebackup-repository-default").unwrap();
+    let passphrase = secret["data"]["passphrase"].clone();
+
+    for what in ["backupstoragelocation", "backuprepository"] {
+        cluster.kubectl(&["-n", NAMESPACE, "delete", what, "default", "--ignore-not-found"]);
+    }
+    cluster.kubectl(&["-n", NAMESPACE, "delete", "secret", "ebackup-repository-default"]);
+    cluster.apply(&cluster.location("default", "obs-credentials", &cluster.prefix));
+    let location =
+        cluster.wait_for_phase("backupstoragelocation", NAMESPACE, "default", "Unavailable");
+    let message = location["status"]["message"].as_str().unwrap();
+    assert!(message.contains("ebackup-repository-default"), "{message}");
+    assert!(
+        cluster.find("secret", NAMESPACE, "ebackup-repository-default").is_none(),
+        "none is made up"
+    );
+
+    cluster.apply(&json!({
+        "apiVersion": "v1", "kind": "Secret",
+        "metadata": {
+            "name": "ebackup-repository-default", "namespace": NAMESPACE,
+            "annotations": { "ebackup.io/key-exported": "true" },
+        },
+        "data": { "passphrase": passphrase },
+    }));
+    let location =
+        cluster.wait_for_phase("backupstoragelocation", NAMESPACE, "default", "Available");
+    assert!(
+        condition(&location, "KeyNotExported").is_none_or(|one| one["status"] == "False"),
+        "{location}"
+    );
+    cluster.restore(&namespace, "after", &snapshot(&saved));
+    assert_eq!(
+        cluster.exec(&namespace, "after", FINGERPRINT),
+        cluster.exec(&namespace, "source", FINGERPRINT)
+    );
+}
+
+/// Twenty volumes, of which no more than three are in flight, while everything is killed once.
+#[test]
+fn twenty_volumes_survive_the_death_of_every_part() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace("twenty");
+    let volumes: Vec<Value> =
+        (0..20).map(|n| json!({ "name": format!("v{n}"), "emptyDir": {} })).collect();
+    let mounts: Vec<Value> = (0..20)
+        .map(|n| json!({ "name": format!("v{n}"), "mountPath": format!("/data/v{n}") }))
+        .collect();
+    let script = "for i in $(seq 0 19); do head -c 30000000 /dev/urandom > /data/v$i/noise; echo $i > /data/v$i/number; done";
+    let pod = cluster.pod(&namespace, "source", script, &|pod| {
+        pod["spec"]["volumes"] = volumes.clone().into();
+        pod["spec"]["containers"][0]["volumeMounts"] = mounts.clone().into();
+    });
+    for n in 0..20 {
+        let mut backup = cluster.backup(&format!("{namespace}-{n}"), &pod);
+        backup["metadata"]["labels"]["velero.io/backup-name"] = namespace.clone().into();
+        backup["spec"]["volume"] = format!("v{n}").into();
+        cluster.apply(&backup);
+    }
+    let backups = || -> Vec<Value> {
+        let all = cluster.list("podvolumebackups", NAMESPACE);
+        let own =
+            |one: &Value| one["metadata"]["labels"]["velero.io/backup-name"] == namespace.as_str();
+        all.into_iter().filter(own).collect()
+    };
+    let count = |phases: &[&str]| {
+        let is = |one: &Value| phases.contains(&one["status"]["phase"].as_str().unwrap_or("New"));
+        backups().iter().filter(|one| is(one)).count()
+    };
+    let done = |at_least: usize| {
+        wait(&format!("{at_least} volumes to be done"), || {
+            let running = count(&["Accepted", "InProgress"]);
+            assert!(running <= 3, "{running} volumes are in flight at once");
+            (count(&["Completed", "Failed", "Canceled"]) >= at_least).then_some(())
+        });
+    };
+    let kill = |label: &str| {
+        cluster.kubectl(&[
+            "-n",
+            NAMESPACE,
+            "delete",
+            "pod",
+            "-l",
+            label,
+            "--grace-period=0",
+            "--force",
+            "--wait=false",
+        ]);
+    };
+    done(2);
+    kill("component=velero");
+    done(5);
+    kill("name=node-agent");
+    done(8);
+    cluster.kill_api_server();
+    done(10);
+    cluster.kill_s3_server();
+    done(12);
+    kill("component=velero");
+    kill("name=node-agent");
+    wait_for("all twenty to be saved", Duration::from_secs(600), || {
+        (count(&["Completed", "Failed", "Canceled"]) == 20).then_some(())
+    });
+    cluster.wait_until_ready();
+    let backups = backups();
+    for backup in &backups {
+        assert_eq!(backup["status"]["phase"], "Completed", "{backup}");
+    }
+    // Bit for bit, with nothing but the bucket.
+    let backup = backups.iter().find(|one| one["spec"]["volume"] == "v7").unwrap();
+    assert_eq!(ebackup(&cluster, &["dump", &snapshot(backup), "number"]), "7\n");
+    let sum = cluster.exec(&namespace, "source", "md5sum < /data/v7/noise");
+    let folder = tempfile::tempdir().unwrap();
+    ebackup(&cluster, &["restore", &snapshot(backup), "--target", folder.path().to_str().unwrap()]);
+    let restored = Command::new("md5sum")
+        .stdin(std::fs::File::open(folder.path().join("noise")).unwrap())
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8(restored.stdout).unwrap(), sum);
+}
+
+#[test]
+fn an_agent_of_128_mib_saves_what_is_far_larger() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace("large");
+    // 20 GiB of which 256 MiB are there, and 200,000 files.
+    let script = "dd if=/dev/urandom of=/data/disk bs=1M count=128 2>/dev/null; \
+                  dd if=/dev/urandom of=/data/disk bs=1M seek=20352 count=128 2>/dev/null; \
+                  for d in $(seq 1 200); do mkdir /data/d$d; awk -v d=$d 'BEGIN { \
+                  for (i = 0; i < 1000; i++) { f = \"/data/d\" d \"/f\" i; print i, d > f; close(f) } }'; done";
+    let pod = cluster.pod(&namespace, "source", script, &|_| {});
+    let patch = json!({ "spec": { "template": { "spec": { "containers": [{
+        "name": "node-agent",
+        "resources": { "requests": { "memory": "128Mi" }, "limits": { "memory": "128Mi" } },
+    }] } } } });
+    cluster.kubectl(&[
+        "-n",
+        NAMESPACE,
+        "patch",
+        "daemonset",
+        "node-agent",
+        "-p",
+        &patch.to_string(),
+    ]);
+    cluster.wait_until_ready();
+    cluster.apply(&cluster.backup(&namespace, &pod));
+    let saved = wait_for("the large volume to be saved", Duration::from_secs(600), || {
+        let backup = cluster.find("podvolumebackup", NAMESPACE, &namespace)?;
+        let phase = backup["status"]["phase"].as_str().unwrap_or_default();
+        assert_ne!(phase, "Failed", "{backup}");
+        (phase == "Completed").then_some(backup)
+    });
+    assert!(saved["status"]["progress"]["bytesDone"].as_u64().unwrap() > 20 << 30, "{saved}");
+    let files = ebackup(&cluster, &["--json", "snapshots"]);
+    let files: Vec<Value> = serde_json::from_str(&files).unwrap();
+    let files = files.iter().find(|one| one["id"] == snapshot(&saved).as_str()).unwrap();
+    assert_eq!(files["files"], 200_001, "{files}");
+    let agents = cluster.pods("name=node-agent");
+    let agent = agents.iter().find(|pod| is_ready(pod)).expect("the agent runs");
+    assert_eq!(agent["status"]["containerStatuses"][0]["restartCount"], 0, "{agent}");
+    assert_eq!(agent["spec"]["containers"][0]["resources"]["limits"]["memory"], "128Mi");
+    cluster.kubectl(&["delete", "namespace", &namespace, "--wait=false"]);
+}
