@@ -109,7 +109,9 @@ pub fn resources() -> Resources {
 pub fn save(repository: &Arc<Repository>, source: &Path) -> Outcome {
     let request = Request {
         source: source.to_owned(),
+        opened: None,
         lineage: "benches".into(),
+        parent: None,
         host: "benches".into(),
         tags: BTreeMap::new(),
         excludes: None,
@@ -141,6 +143,7 @@ pub fn get_back(repository: &Repository, target: &Path) -> RestoreSummary {
         root: (snapshot.root, snapshot.level),
         subpath: b"",
         target,
+        opened: None,
         filter: None,
         options: RestoreOptions {
             threads: resources.workers.max(2),

@@ -4,7 +4,7 @@
 //! ```text
 //! cargo run --release -p benches --bin memory                    all cases, some ten minutes
 //! cargo run --release -p benches --bin memory -- index prune     some: index, million, sparse, dense,
-//!                                                                prune, commands
+//!                                                                prune, check, commands
 //! EBACKUP_BENCH_DIR=/data …       where the data goes [/var/tmp]; up to 10 GB
 //! EBACKUP_BENCH_FULL=1 …          the dense stream in its full length of 512 GiB [64 GiB]
 //! EBACKUP_BENCH_QUICK=1 …         everything a hundredth as large, to see that it runs
@@ -36,7 +36,8 @@ use chunkstore::limits::{EXTENT_SPAN_BYTES, SEGMENT_RECORDS_MAX};
 use chunkstore::pack::{BlobKind, Location};
 use chunkstore::repository::Repository;
 use chunkstore::tree::{
-    Body, ChildRef, Chunk, Entry, Interior, Liveness, NodeRef, NodeSink, TreeBuilder, extent_key,
+    Body, ChildRef, Chunk, Content, Entry, Interior, Liveness, NodeRef, NodeSink, TreeBuilder,
+    extent_key,
 };
 use mover::backup::Resources;
 use objects::local::LocalStore;
@@ -165,12 +166,13 @@ impl Table {
 fn all() -> ExitCode {
     let wanted: Vec<_> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
     type Case = fn(&Path, &mut Table);
-    let cases: [(&str, Case); 6] = [
+    let cases: [(&str, Case); 7] = [
         ("index", index),
         ("million", million),
         ("sparse", sparse),
         ("dense", dense),
         ("prune", prune_large),
+        ("check", check_large),
         ("commands", commands),
     ];
     println!("{}; data below {}\n", machine::describe(), machine::data_folder().display());
@@ -199,6 +201,7 @@ fn child() -> u64 {
         "prune-build" => prune_build(&folder),
         "prune-plan" => prune_run(&folder, true),
         "prune" => prune_run(&folder, false),
+        "check-build" => check_build(&folder),
         other => panic!("'{other}' is no step"),
     }
 }
@@ -602,6 +605,53 @@ fn prune_run(folder: &Path, dry_run: bool) -> u64 {
         fs::write(done, "").expect("the folder takes it");
     }
     report.plan.data.doomed_packs
+}
+
+// Check of 10 million blobs, all of which are there.
+
+const CHECK_BLOBS: u64 = 10_000_000;
+/// Chunks of one file: as many as stand in its entry.
+const CHECK_FILE_CHUNKS: u64 = 64;
+/// Bytes of a blob: what counts is their number.
+const CHECK_BLOB_BYTES: u64 = 16;
+
+fn check_large(folder: &Path, table: &mut Table) {
+    let built = step(folder, "check-build");
+    let key = folder.join("key");
+    fs::write(&key, format!("ebackup key file\n{}\n", "07".repeat(32))).expect("there is room");
+    let (repository, key) = (text(folder).to_owned() + "/r", text(&key).to_owned());
+    let case = format!("check of {:.1}M blobs", built.done as f64 / 1e6);
+    let args = ["--repo", &repository, "--key-file", &key, "check"];
+    table.command(folder, &case, &args, (built.done, "blobs"));
+}
+
+/// Files of many tiny chunks, so that all packs, leaves and segments are as many as large ones make.
+fn check_build(folder: &Path) -> u64 {
+    let path = folder.join("r");
+    LocalStore::create_root(&path).expect("the folder is new");
+    let repository = repo::create(repo::local(&path), ChunkerConfig::default());
+    let settings = repo::writer_settings(Resources::new(BUDGET, 1), Level::default());
+    let writer = repo::begin(&repository, settings);
+    let mut tree = TreeBuilder::new(&writer, repository.keys().cut());
+    let mut compressor = Compressor::new(Level::default());
+    let mut numbers = Numbers::new(11);
+    let blobs = scaled(CHECK_BLOBS);
+    for file in 0..blobs / CHECK_FILE_CHUNKS {
+        let chunk = |at: u64| {
+            let plain = [numbers.draw().to_le_bytes(), numbers.draw().to_le_bytes()].concat();
+            let blob = writer.store_data(&mut compressor, &plain).expect("the store works");
+            Chunk { offset: at * CHECK_BLOB_BYTES, blob }
+        };
+        let mut entry = trees::entry(file, 0);
+        if let Body::Node(node) = &mut entry.body {
+            node.content = Content::Chunks((0..CHECK_FILE_CHUNKS).map(chunk).collect());
+            node.size = CHECK_FILE_CHUNKS * CHECK_BLOB_BYTES;
+        }
+        tree.push(&entry).expect("keys ascend");
+    }
+    let root = tree.finish().expect("the store works").expect("there are entries");
+    writer.commit(|_| repo::snapshot(root)).map(drop).expect("the store works");
+    blobs
 }
 
 // Every command on a repository of 200,000 files with a password.
