@@ -2,6 +2,7 @@
 //! ([`cli`]) and for the controller of a cluster ([`agent`]).
 
 pub mod agent;
+pub mod allocator;
 pub mod backup;
 pub mod cgroup;
 pub mod cli;

@@ -42,9 +42,6 @@ use chunkstore::tree::{
 use mover::backup::Resources;
 use objects::local::LocalStore;
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 const MIB: u64 = 1 << 20;
 /// What `--memory` is set to, the least the program accepts.
 const BUDGET: u64 = 96 * MIB;
@@ -75,6 +72,7 @@ fn scaled(count: u64) -> u64 {
 }
 
 fn main() -> ExitCode {
+    mover::allocator::give_back();
     let Some(report) = std::env::var_os(REPORT) else {
         return all();
     };
