@@ -419,6 +419,16 @@ impl NodeSource for Repository {
 
 /// Which register a store is good for.
 fn probe(store: &dyn ObjectStore) -> Result<Register> {
-    let honoured = objects::probe::create_if_absent(store, record::PROBES)?;
-    Ok(if honoured { Register::CreateIfAbsent } else { Register::TimeFenced })
+    if objects::probe::create_if_absent(store, record::PROBES)? {
+        return Ok(Register::CreateIfAbsent);
+    }
+    if objects::probe::refuses_wrong_dates(store, record::PROBES)? {
+        return Ok(Register::TimeFenced);
+    }
+    Err(Error::invalid(format!(
+        "the store at '{}' can hold no repository: it neither honours 'If-None-Match' nor refuses requests \
+         whose date is an hour off, so that backups and prunes at the same time could lose data; use a \
+         store that does either, as OBS, S3 and Ceph do",
+        store.location()
+    )))
 }

@@ -2,6 +2,7 @@
 
 use std::io::IoSlice;
 use std::thread;
+use std::time::{Duration, SystemTime};
 
 use crate::{Created, Error, ErrorKind, ObjectStore, Result};
 
@@ -16,19 +17,46 @@ const RACERS: u8 = 8;
 /// # Errors
 /// `Invalid` when a listing lags behind; those of the store.
 pub fn create_if_absent(store: &dyn ObjectStore, folder: &str) -> Result<bool> {
-    let mut random = [0; 16];
-    getrandom::fill(&mut random)
-        .map_err(|error| Error::new(ErrorKind::Io, "probe", folder).because(error.to_string()))?;
-    let name: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+    let name = random_name(folder)?;
     let keys = [format!("{folder}{name}-turns"), format!("{folder}{name}-race")];
     let found = creates(store, &keys)
         .and_then(|honoured| see_listed(store, folder, &keys[0]).map(|()| honoured));
-    let deleted = store.delete_all(&keys);
+    let deleted = delete(store, &keys);
     let honoured = found?;
-    match deleted {
-        // A key that can only add is a good one for backups.
-        Err(error) if error.kind() == ErrorKind::PermissionDenied => Ok(honoured),
-        deleted => deleted.map(|()| honoured),
+    deleted.map(|()| honoured)
+}
+
+/// Whether the store refuses requests whose date is an hour off: what takes the place of create-if-absent
+/// where that is not honoured.
+///
+/// # Errors
+/// Those of the store.
+pub fn refuses_wrong_dates(store: &dyn ObjectStore, folder: &str) -> Result<bool> {
+    const OFF: Duration = Duration::from_secs(3600);
+    let keys = [format!("{folder}{}-dated", random_name(folder)?)];
+    let now = store.clock();
+    for date in [now.checked_sub(OFF).unwrap_or(SystemTime::UNIX_EPOCH), now + OFF] {
+        match store.replace_dated(&keys[0], b"1", date) {
+            Err(error) if error.kind() == ErrorKind::Expired => {}
+            Err(error) => return Err(error),
+            Ok(()) => return delete(store, &keys).map(|()| false),
+        }
+    }
+    Ok(true)
+}
+
+fn random_name(folder: &str) -> Result<String> {
+    let mut random = [0; 16];
+    getrandom::fill(&mut random)
+        .map_err(|error| Error::new(ErrorKind::Io, "probe", folder).because(error.to_string()))?;
+    Ok(random.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// A key that can only add is a good one for backups: what it leaves goes with the next prune.
+fn delete(store: &dyn ObjectStore, keys: &[String]) -> Result<()> {
+    match store.delete_all(keys) {
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => Ok(()),
+        deleted => deleted,
     }
 }
 
@@ -73,7 +101,6 @@ fn creates(store: &dyn ObjectStore, [turns, race]: &[String; 2]) -> Result<bool>
 #[cfg(all(test, feature = "testing"))]
 mod tests {
     use std::io::Read;
-    use std::time::{Duration, SystemTime};
 
     use super::*;
     use crate::ObjectMeta;
@@ -163,6 +190,16 @@ mod tests {
         let error = create_if_absent(&store, "probes/").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid);
         assert_eq!(store.inner.keys(), [""; 0]);
+    }
+
+    #[test]
+    fn a_store_that_takes_requests_of_any_date_is_found_out() {
+        let good = MemoryStore::new();
+        assert!(refuses_wrong_dates(&good, "probes/").unwrap());
+        assert_eq!(good.keys(), [""; 0]);
+        let careless = Careless::new(false);
+        assert!(!refuses_wrong_dates(&careless, "probes/").unwrap());
+        assert_eq!(careless.inner.keys(), [""; 0]);
     }
 
     #[test]

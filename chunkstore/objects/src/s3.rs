@@ -22,7 +22,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use aws_sdk_s3::Client;
 use aws_sdk_s3::primitives::{ByteStream, DateTime, SdkBody};
-use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart, Delete, ObjectIdentifier};
+use aws_sdk_s3::types::{
+    CompletedMultipartUpload, CompletedPart, Delete, MultipartUpload, ObjectIdentifier,
+};
 use aws_smithy_async::time::StaticTimeSource;
 use md5::{Digest, Md5};
 
@@ -887,22 +889,34 @@ impl ObjectStore for S3Store {
 
     fn remove_unfinished(&self, older_than: Duration, now: SystemTime) -> Result<u64> {
         const OPERATION: &str = "list unfinished uploads below";
-        let page =
-            self.run(OPERATION, &self.config.prefix, Kind::List, async |_: &mut History| {
-                let request = self.client.list_multipart_uploads().bucket(&self.config.bucket);
-                let answer = request.prefix(&self.config.prefix).send().await;
-                answer.map_err(|error| classify(&error))
-            })?;
+        let mut after: Option<(String, String)> = None;
         let mut removed = 0;
-        for upload in page.uploads() {
-            let begun = system_time(upload.initiated());
-            let stale = begun.checked_add(older_than).is_some_and(|expiry| expiry <= now);
-            if let (true, Some(key), Some(id)) = (stale, upload.key(), upload.upload_id()) {
-                self.abort(key, id)?;
-                removed += 1;
+        loop {
+            let prefix = &self.config.prefix;
+            let page = self.run(OPERATION, prefix, Kind::List, async |_: &mut History| {
+                let (key, id) = after.clone().unzip();
+                let request = self.client.list_multipart_uploads().bucket(&self.config.bucket);
+                let request = request.prefix(prefix).set_key_marker(key).set_upload_id_marker(id);
+                request.send().await.map_err(|error| classify(&error))
+            })?;
+            let names = |upload: &MultipartUpload| {
+                Some((upload.key()?.to_owned(), upload.upload_id()?.to_owned()))
+            };
+            for upload in page.uploads() {
+                let begun = system_time(upload.initiated());
+                let stale = begun.checked_add(older_than).is_some_and(|expiry| expiry <= now);
+                if let (true, Some((key, id))) = (stale, names(upload)) {
+                    self.abort(&key, &id)?;
+                    removed += 1;
+                }
             }
+            let last = page.uploads().last().and_then(names);
+            // What a listing that does not go on leaves out is for the next time.
+            if !page.is_truncated().unwrap_or(false) || last.is_none() || last == after {
+                return Ok(removed);
+            }
+            after = last;
         }
-        Ok(removed)
     }
 
     fn location(&self) -> String {

@@ -91,6 +91,11 @@ fn what_is_wrong_is_told_at_once() {
         ),
         (server.config("ebackup-no-such-bucket", ""), ErrorKind::Invalid, "make the bucket"),
         (
+            S3Config { endpoint: Some(format!("https://s3.test:{}", server.port)), ..good.clone() },
+            ErrorKind::Invalid,
+            "does not speak TLS",
+        ),
+        (
             S3Config { ca_file: None, ..server.tls_config("ebackup-tests", "") },
             ErrorKind::Invalid,
             "--ca-file",
@@ -144,6 +149,22 @@ fn requests_that_are_too_old_or_too_young_are_refused_by_the_store() {
         assert_eq!(store.delete_dated(&keys[..1], date).unwrap_err().kind(), ErrorKind::Expired);
     }
     assert_eq!(store.read("a", 100).unwrap(), b"in time");
+}
+
+#[test]
+fn all_unfinished_uploads_are_removed_however_many_they_are() {
+    // More than a listing tells at once.
+    const UPLOADS: usize = 1003;
+    let server = TestServer::from_env();
+    let config = server.config("ebackup-tests", &fresh("unfinished"));
+    server.make_bucket(&config);
+    let store = S3Store::open(config.clone()).unwrap();
+    server.begin_uploads(&config, UPLOADS);
+    let now = store.clock();
+    assert_eq!(store.remove_unfinished(Duration::from_secs(3600), now).unwrap(), 0);
+    let removed = store.remove_unfinished(Duration::ZERO, now + Duration::from_secs(1)).unwrap();
+    assert_eq!(removed, UPLOADS as u64);
+    assert_eq!(server.unfinished_uploads(&config), [""; 0]);
 }
 
 #[test]

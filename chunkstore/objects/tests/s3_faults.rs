@@ -388,15 +388,6 @@ fn a_key_that_is_exchanged_while_running_is_used_when_the_old_one_is_refused() {
     assert_eq!(store.traffic().unwrap().retries, 1, "only the first had to be repeated");
 }
 
-/// What a store without create-if-absent cannot show.
-const NEED_CONDITIONS: [&str; 5] = [
-    "second_create_keeps_the_first_object",
-    "one_of_racing_creators_wins",
-    "empty_object_is_an_object",
-    "replace_creates_and_replaces",
-    "bodies_of_unknown_length_are_created_whole",
-];
-
 #[test]
 fn a_store_that_ignores_the_condition_is_found_out_and_shows_all_else() {
     let server = TestServer::from_env();
@@ -404,9 +395,7 @@ fn a_store_that_ignores_the_condition_is_found_out_and_shows_all_else() {
     let proxy = Proxy::without_conditions(&server);
     let open = || S3Store::open(proxy.server().config("ebackup-tests", &fresh("ignored"))).unwrap();
     assert!(!objects::probe::create_if_absent(&open(), "probes/").unwrap());
-    let (need, others): (Vec<_>, Vec<_>) =
-        contract::ALL.iter().copied().partition(|(name, _)| NEED_CONDITIONS.contains(name));
-    assert_eq!(need.len(), NEED_CONDITIONS.len());
+    let (need, others) = contract::by_need_of_conditions();
     contract::run(&others, &|| Box::new(open()));
     for one in need {
         let shows = AssertUnwindSafe(|| contract::run(&[one], &|| Box::new(open())));

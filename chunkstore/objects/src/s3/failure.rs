@@ -65,7 +65,11 @@ where
             let text = text(error);
             let about_tls = ["certificate", "UnknownIssuer", "tls", "TLS", "InvalidCertificate"];
             let about_dns = ["dns error", "failed to lookup", "perform DNS lookup"];
-            if about_tls.iter().any(|part| text.contains(part)) {
+            if text.contains("InvalidContentType") {
+                let why =
+                    "the endpoint does not speak TLS: give it as 'http://…', if that is meant";
+                Failure::new(ErrorKind::Invalid, why)
+            } else if about_tls.iter().any(|part| text.contains(part)) {
                 let message = format!(
                     "no secure connection: {text}; if the store has a certificate of your own \
                      authority, give it with --ca-file"
@@ -113,6 +117,7 @@ pub(super) fn answered(
     message: Option<&str>,
     date: Option<&str>,
 ) -> Failure {
+    let message = message.filter(|message| !message.is_empty());
     let said = match (code, message) {
         ("", None) => format!("the store answered {status}"),
         (code, None) => format!("the store answered {status} {code}"),

@@ -64,6 +64,22 @@ impl TestServer {
         }
     }
 
+    /// Garage, another make of server, where `cargo xtask garage build` made it. It has no TLS endpoint.
+    ///
+    /// # Panics
+    /// When the environment names half of it.
+    pub fn garage_from_env() -> Option<Self> {
+        let port = std::env::var("EBACKUP_TEST_GARAGE_PORT").ok()?;
+        let var = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
+        Some(Self {
+            port: port.parse().expect("a port is a number"),
+            tls_port: 0,
+            ca: PathBuf::new(),
+            key: var("EBACKUP_TEST_GARAGE_KEY"),
+            secret: var("EBACKUP_TEST_GARAGE_SECRET"),
+        })
+    }
+
     /// The configuration for a bucket, by virtual host and without TLS.
     ///
     /// # Panics
@@ -122,6 +138,21 @@ impl TestServer {
         let request = client.list_multipart_uploads().bucket(&config.bucket);
         let found = wait(request.prefix(&config.prefix).send()).expect("uploads can be listed");
         found.uploads().iter().filter_map(|upload| upload.key().map(str::to_owned)).collect()
+    }
+
+    /// Begins so many uploads in parts, and ends none of them.
+    ///
+    /// # Panics
+    /// When the server refuses.
+    pub fn begin_uploads(&self, config: &S3Config, count: usize) {
+        let client: Client = crate::s3::test_client(config);
+        wait(async {
+            for n in 0..count {
+                let request = client.create_multipart_upload().bucket(&config.bucket);
+                let begun = request.key(format!("{}unfinished-{n}", config.prefix)).send().await;
+                begun.expect("an upload can be begun");
+            }
+        });
     }
 
     /// Lets another user do in the bucket what `actions` name, and nothing else.
