@@ -7,7 +7,6 @@
 //! `EBACKUP_TEST_APISERVER_KUBECONFIG` is the same for the API server. An API server and etcd of
 //! another version are taken from the folder `KUBEBUILDER_ASSETS`.
 
-use std::ffi::OsString;
 use std::fs;
 use std::net::TcpListener;
 use std::path::PathBuf;
@@ -16,7 +15,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::service::{Service, Variables, require, root};
+use crate::service::{Service, Variables, cache, path_with, require, root};
 
 /// Where clusters look for their ports: the first block of which all are free. The first block ends
 /// above the S3 server's ports, the last below those that the system gives to clients.
@@ -160,11 +159,7 @@ fn given(variable: &str) -> Option<Variables> {
 
 /// The folder of Kubernetes' programs, built if this is the first time.
 fn kubernetes() -> Result<PathBuf> {
-    let cache = match std::env::var_os("XDG_CACHE_HOME") {
-        Some(cache) => PathBuf::from(cache),
-        None => PathBuf::from(std::env::var_os("HOME").context("HOME is not set")?).join(".cache"),
-    };
-    let folder = cache.join("ebackup-test/kubernetes-1.20.2");
+    let folder = cache()?.join("kubernetes-1.20.2");
     if KUBERNETES.iter().all(|program| folder.join(program).exists()) {
         return Ok(folder);
     }
@@ -183,12 +178,6 @@ fn kubernetes() -> Result<PathBuf> {
         bail!("building Kubernetes: {status}; see {}", log.display());
     }
     Ok(folder)
-}
-
-fn path_with(folder: PathBuf) -> Result<OsString> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let folders = std::iter::once(folder).chain(std::env::split_paths(&path));
-    std::env::join_paths(folders).context("a folder's name has a colon")
 }
 
 /// The first port of a free block.

@@ -1,5 +1,5 @@
 //! `cargo xtask test`: everything that decides whether a change is good, in the order in which it
-//! fails fastest. `cargo xtask s3|apiserver|cluster up` and `down`: the servers that some tests need,
+//! fails fastest. `cargo xtask s3|garage|apiserver|cluster up` and `down`: the servers that some tests need,
 //! for running them one by one. `cargo xtask image`: the container image.
 
 use std::path::Path;
@@ -8,6 +8,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail};
 
 mod cluster;
+mod garage;
 mod image;
 mod s3;
 mod service;
@@ -86,6 +87,9 @@ fn main() -> ExitCode {
         (Some("test"), None) => run(TEST),
         (Some("s3"), Some("up")) => s3::up().map(|_| ()),
         (Some("s3"), Some("down")) => s3::down(),
+        (Some("garage"), Some("build")) => garage::build(),
+        (Some("garage"), Some("up")) => garage::up().map(|_| ()),
+        (Some("garage"), Some("down")) => garage::down(),
         (Some("apiserver"), Some("up")) => cluster::apiserver_up().map(|_| ()),
         (Some("apiserver"), Some("down")) => cluster::apiserver_down(),
         (Some("cluster"), Some("up")) => cluster::up().map(|_| ()),
@@ -93,7 +97,8 @@ fn main() -> ExitCode {
         (Some("cluster"), Some("smoke")) => cluster::smoke(),
         (Some("image"), built) => image::build(built.map(Path::new)),
         _ => Err(anyhow::anyhow!(
-            "usage: cargo xtask test | s3|apiserver|cluster up|down | cluster smoke | image [FOLDER]"
+            "usage: cargo xtask test | s3|garage|apiserver|cluster up|down | garage build | cluster smoke | \
+             image [FOLDER]"
         )),
     };
     match result {
@@ -140,6 +145,10 @@ impl Servers {
     fn start() -> Result<Self> {
         let mut servers = Self(Vec::new());
         servers.0.extend(s3::up()?);
+        match garage::up()? {
+            Some(variables) => servers.0.extend(variables),
+            None => say("== NOT TESTED: Garage, which was not built ('cargo xtask garage build')"),
+        }
         servers.0.extend(cluster::apiserver_up()?);
         servers.0.extend(cluster::up()?);
         say("== what tests rely on in the cluster");
@@ -150,7 +159,7 @@ impl Servers {
 
 impl Drop for Servers {
     fn drop(&mut self) {
-        for down in [cluster::down, cluster::apiserver_down, s3::down] {
+        for down in [cluster::down, cluster::apiserver_down, garage::down, s3::down] {
             if let Err(error) = down() {
                 say(&format!("xtask: {error:#}"));
             }

@@ -2,6 +2,7 @@
 //! it, tells how to reach it, and stops it. Its folder `target/NAME` keeps everything: what the server
 //! stores, `log`, `pid`, and `env`, which the script writes when the server answers.
 
+use std::ffi::OsString;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::process::CommandExt;
@@ -166,4 +167,20 @@ fn is_installed(program: &str) -> bool {
 pub(crate) fn root() -> Result<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
     Ok(root.context("xtask lies in the workspace")?.to_owned())
+}
+
+/// Where what takes long to build is kept, for all checkouts.
+pub(crate) fn cache() -> Result<PathBuf> {
+    let cache = match std::env::var_os("XDG_CACHE_HOME") {
+        Some(cache) => PathBuf::from(cache),
+        None => PathBuf::from(std::env::var_os("HOME").context("HOME is not set")?).join(".cache"),
+    };
+    Ok(cache.join("ebackup-test"))
+}
+
+/// The search path with a folder before all others.
+pub(crate) fn path_with(folder: PathBuf) -> Result<OsString> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = std::iter::once(folder).chain(std::env::split_paths(&path));
+    std::env::join_paths(folders).context("a folder's name has a colon")
 }
