@@ -25,6 +25,7 @@ mod health;
 mod jobs;
 mod metrics;
 mod monitor;
+mod priority;
 mod repositories;
 mod restored;
 mod volume;
@@ -47,6 +48,7 @@ use failure::Failed;
 use jobs::{Assigned, Cancelled, Jobs, failed_job};
 use metrics::Metrics;
 use monitor::Ending;
+pub use priority::IoPriority;
 use repositories::CacheUse;
 pub use restored::wait as wait_for_restore;
 use work::Control;
@@ -133,9 +135,9 @@ impl Agent {
     fn new(config: Config) -> Self {
         Self {
             jobs: Mutex::new(Jobs::new(config.capacity)),
+            metrics: Metrics::new(config.memory_bytes, config.capacity),
             config,
             cache_use: CacheUse::default(),
-            metrics: Metrics::new(),
             changed: Notify::new(),
             connected: AtomicBool::new(false),
             ending: AtomicBool::new(false),
@@ -206,9 +208,8 @@ impl Agent {
     /// Does a job, on a thread of its own.
     fn carry_out(self: Arc<Self>, job: &Job, control: &Control) {
         let span = control.monitor.span().clone().entered();
-        // Of this thread alone; those that the job starts inherit it. What reads and writes goes by it, too,
-        // as far as the disk's scheduler does.
-        if let Err(error) = rustix::process::setpriority_process(None, self.config.given.nice) {
+        let given = &self.config.given;
+        if let Err(error) = priority::lower(given.nice, given.io_priority) {
             tracing::debug!("the priority cannot be set: {error}");
         }
         tracing::info!("begins");
@@ -310,8 +311,8 @@ fn log_end(finished: &Finished, took: Duration) {
     let seconds = took.as_secs();
     match &finished.outcome {
         Some(Outcome::Failure(failure)) => {
-            let kind = metrics::name_of(failure);
-            tracing::error!(seconds, warnings, missing, "failed, {kind}: {}", failure.message);
+            let kind = failure.kind();
+            tracing::error!(seconds, warnings, missing, "failed, {kind:?}: {}", failure.message);
         }
         Some(outcome) => tracing::info!(seconds, warnings, missing, "done: {outcome:?}"),
         None => {}

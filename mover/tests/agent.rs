@@ -136,8 +136,8 @@ fn volumes_are_saved_and_restored_over_and_over() {
     assert!(node.http("/healthz").starts_with("HTTP/1.1 200"));
     let metrics = node.http("/metrics");
     for line in [
-        r#"ebackup_agent_jobs_total{work="backup",outcome="done"} 5"#,
-        r#"ebackup_agent_jobs_total{work="restore",outcome="done"} 1"#,
+        r#"ebackup_agent_jobs_ended_total{kind="Backup",outcome="Completed"} 5"#,
+        r#"ebackup_agent_jobs_ended_total{kind="Restore",outcome="Completed"} 1"#,
         "ebackup_agent_connected 1",
     ] {
         assert!(metrics.contains(line), "{line} is not in\n{metrics}");

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use super::priority::IoPriority;
 use crate::backup::{MEMORY_BYTES_MIN, Resources};
 use crate::repository::IndexCache;
 
@@ -39,6 +40,8 @@ pub struct Given {
     pub limit_download: Option<u64>,
     /// How far jobs stand back for other processes: from 0 to 19.
     pub nice: i32,
+    /// The same for disks; `None`: by `nice`.
+    pub io_priority: Option<IoPriority>,
     /// Where metrics and health are served.
     pub http: SocketAddr,
     /// Where copies of index segments are kept.
@@ -176,6 +179,9 @@ impl fmt::Display for Config {
         write!(f, "upload {}, ", rate(given.limit_upload))?;
         write!(f, "download {}, ", rate(given.limit_download))?;
         write!(f, "nice {}, ", given.nice)?;
+        if let Some(priority) = given.io_priority {
+            write!(f, "disk priority {priority}, ")?;
+        }
         let cache = &given.cache;
         write!(f, "cache {} ({} MiB), ", cache.dir.display(), cache.max_bytes >> 20)?;
         write!(f, "scratch {}, http {}", given.scratch.display(), given.http)
@@ -200,6 +206,7 @@ mod tests {
             limit_upload: None,
             limit_download: None,
             nice: 10,
+            io_priority: None,
             http: ([0, 0, 0, 0], 8085).into(),
             cache: IndexCache { dir: "/cache".into(), max_bytes: 1 << 30 },
             scratch: "/tmp".into(),

@@ -1,4 +1,4 @@
-//! What is counted for Prometheus.
+//! What is counted for Prometheus, with the labels that the controller uses too.
 
 use std::sync::atomic::{AtomicI64, AtomicU64};
 
@@ -8,16 +8,22 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::registry::Registry;
+use prometheus_client::registry::{Registry, Unit};
 use proto::v1::finished::Outcome;
 use proto::v1::job::Work;
-use proto::v1::{Failure, Finished};
+use proto::v1::{FailureKind, Finished};
 
 /// A job that has ended.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Ended {
-    work: &'static str,
+    kind: &'static str,
     outcome: &'static str,
+}
+
+/// Why a job failed.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByFailure {
+    kind: String,
 }
 
 /// A request to a store.
@@ -35,8 +41,10 @@ pub(super) struct Metrics {
     pub(super) running: Gauge<i64, AtomicI64>,
     pub(super) waiting: Gauge<i64, AtomicI64>,
     ended: Family<Ended, Counter>,
+    failures: Family<ByFailure, Counter>,
     warnings: Counter<u64, AtomicU64>,
     bytes_saved: Counter<u64, AtomicU64>,
+    bytes_read: Counter<u64, AtomicU64>,
     bytes_stored: Counter<u64, AtomicU64>,
     bytes_restored: Counter<u64, AtomicU64>,
     requests: Family<Request, Counter>,
@@ -45,7 +53,8 @@ pub(super) struct Metrics {
 }
 
 impl Metrics {
-    pub(super) fn new() -> Self {
+    /// Nothing has happened yet, within `memory_bytes` for `capacity` jobs.
+    pub(super) fn new(memory_bytes: u64, capacity: usize) -> Self {
         let mut new = Self {
             registry: Registry::with_prefix("ebackup_agent"),
             connected: Gauge::default(),
@@ -53,8 +62,10 @@ impl Metrics {
             running: Gauge::default(),
             waiting: Gauge::default(),
             ended: Family::default(),
+            failures: Family::default(),
             warnings: Counter::default(),
             bytes_saved: Counter::default(),
+            bytes_read: Counter::default(),
             bytes_stored: Counter::default(),
             bytes_restored: Counter::default(),
             requests: Family::default(),
@@ -70,37 +81,57 @@ impl Metrics {
         all.register("connections", "Streams to the controller so far", new.connections.clone());
         all.register("jobs_running", "Jobs that run", new.running.clone());
         all.register("jobs_waiting", "Jobs that wait for room", new.waiting.clone());
-        all.register("jobs", "Jobs that ended", new.ended.clone());
+        all.register("jobs_ended", "Jobs that ended, by outcome", new.ended.clone());
+        all.register("failures", "Failed jobs, by what failed", new.failures.clone());
         all.register("warnings", "Warnings of jobs that ended", new.warnings.clone());
-        all.register("saved_bytes", "Bytes of saved volumes", new.bytes_saved.clone());
-        all.register("stored_bytes", "Bytes added to repositories", new.bytes_stored.clone());
-        all.register("restored_bytes", "Bytes written to volumes", new.bytes_restored.clone());
         all.register("store_requests", "Requests to stores", new.requests.clone());
-        all.register("store_sent_bytes", "Bytes sent to stores", new.sent.clone());
-        all.register("store_received_bytes", "Bytes received from stores", new.received.clone());
+        let mut bytes = |name: &str, help: &str, counter: &Counter| {
+            all.register_with_unit(name, help, Unit::Bytes, counter.clone());
+        };
+        bytes("saved", "Bytes of saved volumes", &new.bytes_saved);
+        bytes("read", "Bytes of them that had to be read", &new.bytes_read);
+        bytes("stored", "Bytes added to repositories", &new.bytes_stored);
+        bytes("restored", "Bytes written to volumes", &new.bytes_restored);
+        bytes("store_sent", "Bytes sent to stores", &new.sent);
+        bytes("store_received", "Bytes received from stores", &new.received);
+        let budget = Gauge::<i64, AtomicI64>::default();
+        budget.set(i64::try_from(memory_bytes).unwrap_or(i64::MAX));
+        let help = "Memory that all jobs share";
+        all.register_with_unit("memory_budget", help, Unit::Bytes, budget);
+        let most = Gauge::<i64, AtomicI64>::default();
+        most.set(i64::try_from(capacity).unwrap_or(i64::MAX));
+        all.register("jobs_at_once", "Jobs that this memory is enough for", most);
         new
     }
 
     /// A job has ended.
     pub(super) fn ended(&self, work: Option<&Work>, finished: &Finished) {
         let outcome = match &finished.outcome {
-            Some(Outcome::Failure(failure)) => name_of(failure),
-            _ => "done",
+            Some(Outcome::Failure(failure)) if failure.kind() == FailureKind::Cancelled => {
+                "Canceled"
+            }
+            Some(Outcome::Failure(failure)) => {
+                let kind = format!("{:?}", failure.kind());
+                self.failures.get_or_create(&ByFailure { kind }).inc();
+                "Failed"
+            }
+            _ => "Completed",
         };
-        let work = match work {
-            Some(Work::Backup(_)) => "backup",
-            Some(Work::Restore(_)) => "restore",
-            Some(Work::Open(_)) => "open",
-            Some(Work::Forget(_)) => "forget",
-            Some(Work::Prune(_)) => "prune",
-            Some(Work::Check(_)) => "check",
-            None => "unknown",
+        let kind = match work {
+            Some(Work::Backup(_)) => "Backup",
+            Some(Work::Restore(_)) => "Restore",
+            Some(Work::Open(_)) => "Open",
+            Some(Work::Forget(_)) => "Forget",
+            Some(Work::Prune(_)) => "Prune",
+            Some(Work::Check(_)) => "Check",
+            None => "Unknown",
         };
-        self.ended.get_or_create(&Ended { work, outcome }).inc();
+        self.ended.get_or_create(&Ended { kind, outcome }).inc();
         self.warnings.inc_by(finished.warnings);
         match &finished.outcome {
             Some(Outcome::Saved(saved)) => {
                 self.bytes_saved.inc_by(saved.bytes);
+                self.bytes_read.inc_by(saved.bytes_read);
                 self.bytes_stored.inc_by(saved.bytes_stored);
             }
             Some(Outcome::Restored(restored)) => {
@@ -137,19 +168,14 @@ impl Metrics {
     }
 }
 
-/// Name of the kind of a failure, as a label.
-pub(super) fn name_of(failure: &Failure) -> &'static str {
-    failure.kind().as_str_name().trim_start_matches("FAILURE_KIND_")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proto::v1::{Backup, FailureKind, Saved};
+    use proto::v1::{Backup, Failure, Saved};
 
     #[test]
     fn jobs_are_counted_by_what_became_of_them() {
-        let metrics = Metrics::new();
+        let metrics = Metrics::new(96 << 20, 1);
         let saved = Saved { bytes: 100, bytes_stored: 10, ..Default::default() };
         let work = Work::Backup(Backup::default());
         let done =
@@ -162,8 +188,10 @@ mod tests {
         metrics.traffic(Traffic { requests: [5, 0, 0, 0, 0], bytes_sent: 7, ..Default::default() });
         let text = metrics.text().unwrap();
         for line in [
-            r#"ebackup_agent_jobs_total{work="backup",outcome="done"} 2"#,
-            r#"ebackup_agent_jobs_total{work="backup",outcome="STALLED"} 1"#,
+            r#"ebackup_agent_jobs_ended_total{kind="Backup",outcome="Completed"} 2"#,
+            r#"ebackup_agent_jobs_ended_total{kind="Backup",outcome="Failed"} 1"#,
+            r#"ebackup_agent_failures_total{kind="Stalled"} 1"#,
+            "ebackup_agent_memory_budget_bytes 100663296",
             "ebackup_agent_saved_bytes_total 200",
             "ebackup_agent_warnings_total 6",
             r#"ebackup_agent_store_requests_total{kind="write"} 5"#,

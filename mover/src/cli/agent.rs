@@ -29,6 +29,7 @@ pub(super) fn run(global: &Global, args: &Agent) -> Result<u8> {
         limit_upload: s3.limit_upload,
         limit_download: s3.limit_download,
         nice: args.nice,
+        io_priority: args.io_priority,
         http: args.http,
         cache: IndexCache {
             dir: s3.cache_dir.clone().unwrap_or_else(|| CACHE_DIR.into()),

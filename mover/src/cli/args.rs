@@ -553,10 +553,12 @@ pub(super) struct Agent {
     /// Jobs at once, at most; no more than the memory allows, 72 MiB each and 24 for the program.
     #[arg(long, env = "EBACKUP_JOBS", value_name = "N", default_value_t = 4)]
     pub(super) jobs: usize,
-    /// How far the threads of jobs stand back for others, from 0 to 19; their reading and writing goes by
-    /// it too.
+    /// How far the threads of jobs stand back for others, from 0 to 19.
     #[arg(long, env = "EBACKUP_NICE", value_name = "N", default_value_t = 10)]
     pub(super) nice: i32,
+    /// How soon the disk serves them, from 0, the first, to 7, or 'idle' [default: by --nice].
+    #[arg(long, env = "EBACKUP_IO_PRIORITY", value_name = "N")]
+    pub(super) io_priority: Option<crate::agent::IoPriority>,
     /// Where /metrics, /healthz and /readyz are served.
     #[arg(long, env = "EBACKUP_HTTP", value_name = "IP:PORT", default_value = "0.0.0.0:8085")]
     pub(super) http: std::net::SocketAddr,
