@@ -22,7 +22,7 @@ use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Client, ResourceExt};
 use proto::v1::from_controller::Message;
 use proto::v1::{Cancel, Finished, Recorded};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use crate::agents::{Agents, Event};
 use crate::api::{
@@ -58,6 +58,10 @@ const NOTES_AT_ONCE: usize = 256;
 
 /// Notes that may wait before their tasks do.
 const NOTES: usize = 1024;
+
+/// Requests about volumes that are under way at once: a backup of thousands must not keep the API server from
+/// everything else.
+const REQUESTS: usize = 32;
 
 /// What people set.
 #[derive(Debug, Clone)]
@@ -257,6 +261,7 @@ struct World {
     /// Since when an agent is away, by node.
     away: BTreeMap<String, Timestamp>,
     turns: Turns,
+    requests: Arc<Semaphore>,
 }
 
 impl World {
@@ -271,6 +276,7 @@ impl World {
             locations: BTreeMap::new(),
             away: BTreeMap::new(),
             turns: Turns::default(),
+            requests: Arc::new(Semaphore::new(REQUESTS)),
         }
     }
 
@@ -290,6 +296,16 @@ impl World {
             let note = task.await;
             // Without a receiver the program is ending.
             let _ended = notes.send(note).await;
+        });
+    }
+
+    /// The same, for one of many: waits until not too many others run.
+    fn spawn_in_turn(&self, task: impl Future<Output = Note> + Send + 'static) {
+        let requests = self.requests.clone();
+        self.spawn(async move {
+            // Nobody closes it.
+            let _turn = requests.acquire_owned().await;
+            task.await
         });
     }
 

@@ -17,7 +17,8 @@ use controller::queue::Limits;
 use futures::future::join_all;
 use k8s_openapi::api::core::v1::{Event, Secret};
 use kube::ResourceExt;
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use kube::api::{DeleteParams, ListParams};
+use objects::testing::server::{SMALL_KEY, SMALL_USER, fresh};
 use serde_json::json;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -114,8 +115,7 @@ async fn the_location_of_e_backup_works_and_asks_for_its_key_to_be_exported() {
     assert_eq!(repository.spec.repository_type.as_deref(), Some("ebackup"));
     let name = format!("ebackup-repository-{LOCATION}");
     let patch = json!({"metadata": {"annotations": {"ebackup.io/key-exported": "true"}}});
-    let secrets = world.api::<Secret>();
-    secrets.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await.unwrap();
+    world.change::<Secret>(&name, patch).await;
     let exported = |location: &BackupStorageLocation| {
         condition(location, "KeyNotExported").as_deref() == Some("False")
     };
@@ -214,9 +214,29 @@ async fn another_dispatcher_takes_over_in_the_middle() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_restarted_agent_lost_is_sent_again_by_another_dispatcher() {
+    let world = World::new("restarted").await;
+    world.good_location().await;
+    let first = world.dispatch(Settings::default());
+    let fleet = Fleet::new(true);
+    let mut agent = fleet.join_with_room(&first, "n1", 1).await;
+    let pod = world.pod("p", "n1").await;
+    let uid = world.backup("b", "backup", &pod).await.uid().unwrap();
+    world.until_phase("b", PodVolumePhase::InProgress).await;
+    agent.cut(&fleet).await;
+    first.kill().await;
+    fleet.forget();
+    let second = world.dispatch(Settings::default());
+    // All its room is taken by what it lacks.
+    let _agent = fleet.join_with_room(&second, "n1", 1).await;
+    fleet.release();
+    world.until_phase("b", PodVolumePhase::Completed).await;
+    assert_eq!(fleet.seen().assigned[&uid], [false, true]);
+}
+
 async fn cancel(world: &World, name: &str) {
-    let patch = Patch::Merge(json!({"spec": {"cancel": true}}));
-    world.api::<PodVolumeBackup>().patch(name, &PatchParams::default(), &patch).await.unwrap();
+    world.change::<PodVolumeBackup>(name, json!({"spec": {"cancel": true}})).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -298,4 +318,124 @@ async fn an_outcome_that_is_said_again_is_recorded_again() {
     fleet.until("that what nobody knows is forgotten", unknown).await;
     let now = world.api::<PodVolumeBackup>().get("b").await.unwrap();
     assert_eq!(now.resource_version(), done.resource_version(), "nothing was written again");
+}
+
+fn restore_is(phase: PodVolumePhase) -> impl Fn(&PodVolumeRestore) -> bool {
+    move |object| object.status.as_ref().is_some_and(|status| status.phase == phase)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_is_restored_when_its_pod_waits_for_it() {
+    let world = World::new("restore").await;
+    world.good_location().await;
+    let dispatcher = world.dispatch(Settings::default());
+    let fleet = Fleet::new(false);
+    let _agent = fleet.join(&dispatcher, "n1").await;
+    let unprepared = world.pod("runs", "n1").await;
+    world.restore("refused", "s1", &unprepared).await;
+    let refused = world.until("refused", "is refused", restore_is(PodVolumePhase::Failed)).await;
+    let message = refused.status.unwrap().message.unwrap();
+    assert!(message.contains("no init container restore-wait"), "{message}");
+    let pod = world.waiting_pod("waits", "n1").await;
+    let uid = world.restore("r", "s1", &pod).await.uid().unwrap();
+    let done = world.until("r", "is done", restore_is(PodVolumePhase::Completed)).await;
+    assert_eq!(done.status.unwrap().progress.unwrap().bytes_done, Some(100));
+    let expected = ("s1".to_owned(), "uid-of-the-restore".to_owned());
+    assert_eq!(fleet.seen().restores[&uid], expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_location_that_is_only_read_is_restored_from_and_not_saved_to() {
+    let world = World::new("read-only").await;
+    world.good_location().await;
+    let patch = json!({"spec": {"accessMode": "ReadOnly"}});
+    world.change::<BackupStorageLocation>(LOCATION, patch).await;
+    // Without a repository there is nothing to restore; who only reads does not make up its passphrase.
+    let _passphrase: Secret = world
+        .create(json!({"metadata": {"name": format!("ebackup-repository-{LOCATION}")},
+                       "stringData": {"passphrase": "of another cluster"}}))
+        .await;
+    let settings = Settings { prune_every: Duration::from_secs(1), ..Settings::default() };
+    let dispatcher = world.dispatch(settings);
+    let fleet = Fleet::new(false);
+    let _agent = fleet.join(&dispatcher, "n1").await;
+    let pod = world.pod("p", "n1").await;
+    world.backup("b", "backup", &pod).await;
+    let failed = world.until_phase("b", PodVolumePhase::Failed).await;
+    let message = failed.status.unwrap().message.unwrap();
+    assert!(message.contains("ReadOnly"), "{message}");
+    let waiting = world.waiting_pod("waits", "n1").await;
+    world.restore("r", "s1", &waiting).await;
+    world.until("r", "is done", restore_is(PodVolumePhase::Completed)).await;
+    let seen = fleet.seen();
+    assert_eq!((seen.opened, seen.pruned), (0, 0), "nothing writes to it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repository_is_pruned_regularly_and_says_so() {
+    let world = World::new("prune").await;
+    world.good_location().await;
+    let settings = Settings { prune_every: Duration::from_secs(1), ..Settings::default() };
+    let dispatcher = world.dispatch(settings);
+    let fleet = Fleet::new(false);
+    let _agent = fleet.join(&dispatcher, "n1").await;
+    let pruned_twice = |repository: &BackupRepository| {
+        let recent =
+            repository.status.as_ref().and_then(|status| status.recent_maintenance.as_ref());
+        recent.is_some_and(|all| all.len() >= 2)
+    };
+    let repository: BackupRepository = world.until(LOCATION, "is pruned twice", pruned_twice).await;
+    let status = repository.status.unwrap();
+    assert!(status.last_maintenance_time.is_some());
+    let run = status.recent_maintenance.unwrap().remove(0);
+    assert_eq!(run.result.as_deref(), Some("Succeeded"));
+    assert!(run.message.as_ref().unwrap().contains("deleted 7 packs"), "{run:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_key_reaches_the_agents() {
+    let world = World::new("renew").await;
+    let bucket = fresh("renew");
+    let (server, name) = (world.server.clone(), bucket.clone());
+    let made = tokio::task::spawn_blocking(move || {
+        let config = server.config(&name, "");
+        server.make_bucket(&config);
+        server.allow(&config, SMALL_USER, &["s3:*"]);
+    });
+    made.await.unwrap();
+    world.location(&bucket, &world.server.secret).await;
+    let dispatcher = world.dispatch(Settings::default());
+    let fleet = Fleet::new(true);
+    let _agent = fleet.join(&dispatcher, "n1").await;
+    let pod = world.pod("p", "n1").await;
+    world.backup("b", "backup", &pod).await;
+    world.until_phase("b", PodVolumePhase::InProgress).await;
+    let credential = format!(
+        "HUAWEI_CLOUD_ACCESS_KEY_ID={SMALL_KEY}\nHUAWEI_CLOUD_SECRET_ACCESS_KEY={}\n",
+        world.server.secret
+    );
+    world
+        .change::<Secret>("secret-secure-opaque", json!({"stringData": {"cloud": credential}}))
+        .await;
+    fleet.until("that the agent hears of it", |seen| seen.renewed.contains(SMALL_KEY)).await;
+    assert_eq!(fleet.seen().opened, 1, "another key makes no other repository");
+    fleet.release();
+    world.until_phase("b", PodVolumePhase::Completed).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_finalizer_keeps_from_going_is_not_worked_on() {
+    let world = World::new("finalizer").await;
+    world.good_location().await;
+    let dispatcher = world.dispatch(Settings::default());
+    let fleet = Fleet::new(true);
+    let _agent = fleet.join(&dispatcher, "n1").await;
+    let pod = world.pod("p", "n1").await;
+    let uid = world.backup("b", "backup", &pod).await.uid().unwrap();
+    world.change::<PodVolumeBackup>("b", json!({"metadata": {"finalizers": ["a.test/b"]}})).await;
+    world.until_phase("b", PodVolumePhase::InProgress).await;
+    world.api::<PodVolumeBackup>().delete("b", &DeleteParams::default()).await.unwrap();
+    world.until_phase("b", PodVolumePhase::Canceled).await;
+    assert!(fleet.seen().cancelled.contains(&uid));
+    world.change::<PodVolumeBackup>("b", json!({"metadata": {"finalizers": null}})).await;
 }

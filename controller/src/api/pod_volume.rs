@@ -69,7 +69,8 @@ impl PodVolumePhase {
     printcolumn = r#"{"name":"Storage Location","type":"string","jsonPath":".spec.backupStorageLocation"}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#,
     printcolumn = r#"{"name":"Node","type":"string","jsonPath":".status.node"}"#,
-    printcolumn = r#"{"name":"Uploader","type":"string","jsonPath":".spec.uploaderType"}"#
+    printcolumn = r#"{"name":"Uploader","type":"string","jsonPath":".spec.uploaderType"}"#,
+    printcolumn = r#"{"name":"Message","type":"string","priority":1,"jsonPath":".status.message"}"#
 )]
 #[serde(rename_all = "camelCase")]
 pub struct PodVolumeBackupSpec {
@@ -162,7 +163,8 @@ pub struct PodVolumeBackupStatus {
     printcolumn = r#"{"name":"Storage Location","type":"string","jsonPath":".spec.backupStorageLocation"}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#,
     printcolumn = r#"{"name":"Node","type":"string","jsonPath":".status.node"}"#,
-    printcolumn = r#"{"name":"Uploader Type","type":"string","jsonPath":".spec.uploaderType"}"#
+    printcolumn = r#"{"name":"Uploader Type","type":"string","jsonPath":".spec.uploaderType"}"#,
+    printcolumn = r#"{"name":"Message","type":"string","priority":1,"jsonPath":".status.message"}"#
 )]
 #[serde(rename_all = "camelCase")]
 pub struct PodVolumeRestoreSpec {

@@ -105,11 +105,6 @@ impl Object {
         time.map_or(0, |time| time.0.as_second())
     }
 
-    /// Whether somebody deletes it.
-    pub fn is_deleted(&self) -> bool {
-        either!(self, object => object.metadata.deletion_timestamp.is_some())
-    }
-
     /// A label, or nothing.
     pub fn label(&self, name: &str) -> String {
         either!(self, object => object.labels().get(name)).cloned().unwrap_or_default()
@@ -157,9 +152,10 @@ impl Object {
         either!(self, object => &object.spec.backup_storage_location)
     }
 
-    /// Whether it is to end.
+    /// Whether it is to end: somebody says so, or deletes it, which another's finalizer may hold up.
     pub fn is_cancelled(&self) -> bool {
-        either!(self, object => object.spec.cancel == Some(true))
+        either!(self, object => object.spec.cancel == Some(true)
+            || object.metadata.deletion_timestamp.is_some())
     }
 
     /// Whether it has begun.
@@ -219,7 +215,10 @@ fn warnings(finished: &Finished) -> Option<String> {
         return None;
     }
     let first = finished.first_warnings.iter().take(3).cloned().collect::<Vec<_>>().join("; ");
-    Some(format!("{} warnings: {first}", finished.warnings))
+    Some(match finished.warnings {
+        1 => format!("1 warning: {first}"),
+        more => format!("{more} warnings: {first}"),
+    })
 }
 
 /// Whether what came of a job makes its object Completed: the other variants fail it, or were cancelled.
@@ -317,7 +316,7 @@ mod tests {
             (&done["progress"]["bytesDone"], &done["incrementalBytes"]),
             (&json!(9), &json!(4))
         );
-        assert_eq!(done["message"], "1 warnings: a vanished");
+        assert_eq!(done["message"], "1 warning: a vanished");
         assert_eq!(done["completionTimestamp"], "1970-01-01T00:00:00Z");
         let failure = |kind: FailureKind| {
             let failure = Failure { kind: kind.into(), message: "why".to_owned() };

@@ -12,7 +12,7 @@ use proto::v1::job::Work;
 use proto::v1::{Assign, Finished, Job, OpenRepository, Probe, ProbeResult, Renew, Repository};
 use serde_json::{Value, json};
 
-use super::job::elapsed;
+use super::job::{self, Agent, elapsed};
 use super::volumes::api;
 use super::write::{Precondition, Refused, write_status};
 use super::{Change, Note, World};
@@ -417,7 +417,8 @@ impl World {
         }
     }
 
-    /// Sends a job for a repository to the agent with the fewest jobs.
+    /// Sends a job for a repository to the agent with the fewest jobs that has room for it. Behind a volume it
+    /// might wait for hours, though another agent comes back in a moment.
     fn start(
         &self,
         name: &str,
@@ -430,8 +431,13 @@ impl World {
         let keeper = &self.locations.get(name)?.keeper;
         let uid = keeper.object.as_ref()?.uid()?;
         let mut load: BTreeMap<&str, usize> = BTreeMap::new();
-        let assigned = self.jobs.values().filter(|job| job.object.phase().is_assigned());
-        assigned.filter_map(|job| job.object.node()).for_each(|node| {
+        // What an agent was assigned and lacks waits for the opening, not the other way round.
+        let counts = |job: &&job::Job| {
+            job.object.phase().is_assigned() && (what != "open" || job.agent == Agent::Has)
+        };
+        let volumes = self.jobs.values().filter(counts).filter_map(|job| job.object.node());
+        let runs = self.locations.values().flat_map(|location| location.keeper.runs());
+        volumes.chain(runs.map(|run| &*run.node)).for_each(|node| {
             *load.entry(node).or_default() += 1;
         });
         let on = |node: &str| load.get(node).copied().unwrap_or(0);
@@ -443,8 +449,7 @@ impl World {
             .map(|(node, _)| node)
             .collect();
         let mut agents = self.context.agents.list();
-        // Opening takes little, and everything waits for it; pruning waits for a free place.
-        agents.retain(|agent| what == "open" || on(&agent.node) < agent.capacity as usize);
+        agents.retain(|agent| on(&agent.node) < agent.capacity as usize);
         agents.sort_by_key(|agent| {
             (cut_off.contains(&agent.node), on(&agent.node), agent.node.clone())
         });

@@ -306,7 +306,7 @@ impl World {
         job.place = Place::Asked;
         let (uid, object) = (uid.to_owned(), job.object.clone());
         let client = self.context.client.clone();
-        self.spawn(async move {
+        self.spawn_in_turn(async move {
             let found = inspect(client, &object).await;
             Note::Inspected { uid, found }
         });
@@ -329,7 +329,7 @@ impl World {
         let precondition = Precondition { uid: uid.to_owned(), version };
         let (name, is_backup) = (job.object.name(), job.object.kind() == Kind::Backup);
         let (uid, context) = (uid.to_owned(), self.context.clone());
-        self.spawn(async move {
+        self.spawn_in_turn(async move {
             let done = if is_backup {
                 let api = api::<PodVolumeBackup>(&context);
                 write_status(&api, &name, &precondition, &status).await.map(Object::from)

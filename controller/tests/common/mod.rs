@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use controller::agents::{Agents, Membership};
-use controller::api::{BackupStorageLocation, PodVolumeBackup, PodVolumePhase, Timestamp};
+use controller::api::{
+    BackupStorageLocation, PodVolumeBackup, PodVolumePhase, PodVolumeRestore, Timestamp,
+};
 use controller::dispatch::{Context, Settings, run};
 use k8s_openapi::api::core::v1::{Namespace, Pod, Secret, ServiceAccount};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
@@ -19,8 +21,8 @@ use objects::testing::server::{TestServer, fresh};
 use proto::v1::from_controller::Message;
 use proto::v1::job::Work;
 use proto::v1::{
-    Failure, FailureKind, Finished, Hello, Job, Opened, ProbeResult, Progress, Saved,
-    finished::Outcome,
+    Failure, FailureKind, Finished, Hello, Job, Opened, ProbeResult, Progress, Pruned, Restored,
+    Saved, finished::Outcome,
 };
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -151,6 +153,18 @@ impl World {
         .await
     }
 
+    /// Changes an object, as somebody does.
+    pub(crate) async fn change<K>(&self, name: &str, patch: Value)
+    where
+        K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>
+            + serde::de::DeserializeOwned
+            + Clone
+            + std::fmt::Debug,
+    {
+        let (api, params) = (self.api::<K>(), PatchParams::default());
+        api.patch(name, &params, &Patch::Merge(patch)).await.unwrap();
+    }
+
     /// The same with a bucket that exists and the right key.
     pub(crate) async fn good_location(&self) {
         self.server.make_bucket_apart().await;
@@ -179,6 +193,46 @@ impl World {
             "metadata": {"name": name, "labels": {"velero.io/backup-name": backup}},
             "spec": {
                 "node": pod.spec.as_ref().unwrap().node_name, "volume": "data",
+                "pod": {"kind": "Pod", "namespace": self.namespace, "name": pod.name_any(),
+                        "uid": pod.uid()},
+                "backupStorageLocation": LOCATION, "repoIdentifier": "", "uploaderType": "kopia",
+            },
+        }))
+        .await
+    }
+
+    /// A pod whose init container waits for its volume to be restored.
+    pub(crate) async fn waiting_pod(&self, name: &str, node: &str) -> Pod {
+        let mount = json!([{"name": "data", "mountPath": "/restores/data"}]);
+        let pod: Pod = self
+            .create(json!({
+                "metadata": {"name": name},
+                "spec": {
+                    "nodeName": node, "automountServiceAccountToken": false,
+                    "tolerations": [{"operator": "Exists"}],
+                    "initContainers": [{"name": "restore-wait", "image": "none", "volumeMounts": mount}],
+                    "containers": [{"name": "c", "image": "none"}],
+                    "volumes": [{"name": "data", "emptyDir": {}}],
+                },
+            }))
+            .await;
+        let running = json!({"status": {"phase": "Pending", "initContainerStatuses": [{
+            "name": "restore-wait", "image": "none", "imageID": "", "ready": false, "restartCount": 0,
+            "state": {"running": {"startedAt": "2026-01-02T03:04:05Z"}},
+        }]}});
+        let (api, params) = (self.api::<Pod>(), PatchParams::default());
+        api.patch_status(name, &params, &Patch::Merge(running)).await.unwrap();
+        pod
+    }
+
+    /// The order to restore a snapshot into its volume.
+    pub(crate) async fn restore(&self, name: &str, snapshot: &str, pod: &Pod) -> PodVolumeRestore {
+        self.create(json!({
+            "apiVersion": "velero.io/v1", "kind": "PodVolumeRestore",
+            "metadata": {"name": name, "labels": {
+                "velero.io/restore-name": "restore", "velero.io/restore-uid": "uid-of-the-restore"}},
+            "spec": {
+                "volume": "data", "snapshotID": snapshot, "sourceNamespace": self.namespace,
                 "pod": {"kind": "Pod", "namespace": self.namespace, "name": pod.name_any(),
                         "uid": pod.uid()},
                 "backupStorageLocation": LOCATION, "repoIdentifier": "", "uploaderType": "kopia",
@@ -254,6 +308,13 @@ pub(crate) struct Seen {
     pub(crate) recorded: Vec<String>,
     /// Volume jobs that were cancelled.
     pub(crate) cancelled: BTreeSet<String>,
+    /// Restores among the volume jobs: snapshot and mark.
+    pub(crate) restores: BTreeMap<String, (String, String)>,
+    /// How often a repository was opened, and pruned.
+    pub(crate) opened: usize,
+    pub(crate) pruned: usize,
+    /// Access keys that were told to replace earlier ones.
+    pub(crate) renewed: BTreeSet<String>,
 }
 
 /// The agents of a test.
@@ -280,6 +341,11 @@ impl Fleet {
         self.seen.borrow().clone()
     }
 
+    /// All agents forget their jobs, as when they are started anew.
+    pub(crate) fn forget(&self) {
+        self.seen.send_modify(|seen| seen.running.clear());
+    }
+
     /// Waits until what they did is as it should be.
     pub(crate) async fn until(&self, what: &str, is: impl Fn(&Seen) -> bool) {
         let mut receiver = self.seen.subscribe();
@@ -290,13 +356,23 @@ impl Fleet {
 
     /// The agent of a node connects, with the jobs that it has.
     pub(crate) async fn join(&self, dispatcher: &Dispatcher, node: &str) -> AgentTask {
+        self.join_with_room(dispatcher, node, 8).await
+    }
+
+    /// The same for one that takes so many jobs at once.
+    pub(crate) async fn join_with_room(
+        &self,
+        dispatcher: &Dispatcher,
+        node: &str,
+        capacity: u32,
+    ) -> AgentTask {
         let running: Vec<String> = {
             let seen = self.seen.borrow();
             seen.running.iter().filter(|(_, on)| *on == node).map(|(job, _)| job.clone()).collect()
         };
         let hello = Hello {
             node: node.to_owned(),
-            capacity: 8,
+            capacity,
             running: running.clone(),
             ..Default::default()
         };
@@ -344,6 +420,12 @@ impl Fleet {
             Message::Recorded(recorded) => {
                 self.seen.send_modify(|seen| seen.recorded.push(recorded.job_id));
             }
+            Message::Renew(renew) => {
+                let key = renew.credentials.unwrap_or_default().access_key;
+                self.seen.send_modify(|seen| {
+                    seen.renewed.insert(key);
+                });
+            }
             _ => {}
         }
     }
@@ -352,10 +434,22 @@ impl Fleet {
         if let Some(Work::Open(open)) = &job.work {
             assert!(open.create && !job.repository.unwrap().passphrase.is_empty());
             let opened = Opened { repository_id: "r".into(), created: true, ..Default::default() };
+            self.seen.send_modify(|seen| seen.opened += 1);
             membership.finished(finished(&job.id, Outcome::Opened(opened))).await;
             return;
         }
-        assert!(matches!(job.work, Some(Work::Backup(_))), "{job:?}");
+        if let Some(Work::Prune(_)) = &job.work {
+            let pruned = Pruned { packs_deleted: 7, ..Default::default() };
+            self.seen.send_modify(|seen| seen.pruned += 1);
+            membership.finished(finished(&job.id, Outcome::Pruned(pruned))).await;
+            return;
+        }
+        if let Some(Work::Restore(work)) = &job.work {
+            let what = (work.snapshot.clone(), work.done_marker.clone());
+            self.seen.send_modify(|seen| drop(seen.restores.insert(job.id.clone(), what)));
+        } else {
+            assert!(matches!(job.work, Some(Work::Backup(_))), "{job:?}");
+        }
         let mut is_new = false;
         self.seen.send_modify(|seen| {
             seen.assigned.entry(job.id.clone()).or_default().push(job.repeated);
@@ -382,8 +476,9 @@ impl Fleet {
         drop(receiver.wait_for(|seen| !seen.hold).await);
         let mut ran = false;
         self.seen.send_modify(|seen| ran = seen.running.remove(&job).is_some());
+        let is_restore = self.seen().restores.contains_key(&job);
         if ran {
-            membership.finished(saved(&job)).await;
+            membership.finished(if is_restore { restored(&job) } else { saved(&job) }).await;
         }
     }
 }
@@ -432,6 +527,10 @@ impl AgentTask {
 
 fn finished(job: &str, outcome: Outcome) -> Finished {
     Finished { job_id: job.to_owned(), outcome: Some(outcome), ..Default::default() }
+}
+
+fn restored(job: &str) -> Finished {
+    finished(job, Outcome::Restored(Restored { bytes: 100, ..Default::default() }))
 }
 
 pub(crate) fn saved(job: &str) -> Finished {
