@@ -10,6 +10,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use cluster::{BUCKET, Cluster, NAMESPACE, is_ready, wait, wait_for};
+use objects::testing::server::fresh;
 use serde_json::{Value, json};
 
 /// Text of a file in a pod of a script below; the same for the same number.
@@ -90,6 +91,31 @@ fn a_volume_is_saved_and_comes_back_in_another_pod() {
     ebackup(&cluster, &["check", "--read-data"]);
 }
 
+/// A Deployment's pods come and go; their claim stays.
+#[test]
+fn the_next_pod_of_a_claim_goes_on_with_its_chain() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace("claim");
+    let _folder = cluster.claim(&namespace, "claimed");
+    let claimed = |pod: &mut Value| {
+        let claim = json!({ "name": "data", "persistentVolumeClaim": { "claimName": "claimed" } });
+        pod["spec"]["volumes"][0] = claim;
+    };
+    let noise = "head -c 3000000 /dev/urandom > /data/noise";
+    let pod = cluster.pod(&namespace, "first", noise, &claimed);
+    let first = cluster.save(&format!("{namespace}-1"), &pod);
+    cluster.kubectl(&["-n", &namespace, "delete", "pod", "first"]);
+    let pod = cluster.pod(&namespace, "second", "echo more > /data/more", &claimed);
+    let second = cluster.save(&format!("{namespace}-2"), &pod);
+    let stored = |backup: &Value| backup["status"]["incrementalBytes"].as_u64().unwrap();
+    assert!(stored(&first) > 3_000_000, "{first}");
+    assert!(stored(&second) < 100_000, "{second}");
+    let all = ebackup(&cluster, &["--json", "snapshots"]);
+    let all: Vec<Value> = serde_json::from_str(&all).unwrap();
+    let last = all.iter().find(|one| one["id"] == snapshot(&second).as_str()).unwrap();
+    assert_eq!(last["parent"], snapshot(&first).as_str());
+}
+
 /// As the README has it.
 #[test]
 fn the_examples_run_as_they_stand() {
@@ -144,7 +170,7 @@ fn a_volume_that_cannot_be_saved_is_refused_with_the_reason() {
 fn a_location_says_what_is_wrong_with_it() {
     let cluster = Cluster::get();
     cluster.apply(&cluster.credentials("wrong-credentials", "HUAWEI_CLOUD", "not-the-secret"));
-    cluster.apply(&cluster.location("wrong", "wrong-credentials", "wrong"));
+    cluster.apply(&cluster.location("wrong", "wrong-credentials", &fresh("wrong")));
     let location =
         cluster.wait_for_phase("backupstoragelocation", NAMESPACE, "wrong", "Unavailable");
     let message = location["status"]["message"].as_str().unwrap();
@@ -208,76 +234,99 @@ fn the_passphrase_that_was_kept_is_enough_for_another_cluster() {
     );
 }
 
+/// A pod with volumes `v0`, `v1` and so on, of 30 MB of noise each.
+fn pod_of_many(cluster: &Cluster, namespace: &str, count: u32) -> Value {
+    let volumes: Vec<Value> =
+        (0..count).map(|n| json!({ "name": format!("v{n}"), "emptyDir": {} })).collect();
+    let mounts: Vec<Value> = (0..count)
+        .map(|n| json!({ "name": format!("v{n}"), "mountPath": format!("/data/v{n}") }))
+        .collect();
+    let script = format!(
+        "for i in $(seq 0 {}); do head -c 30000000 /dev/urandom > /data/v$i/noise; echo $i > /data/v$i/number; done",
+        count - 1
+    );
+    cluster.pod(namespace, "source", &script, &|pod| {
+        pod["spec"]["volumes"] = volumes.clone().into();
+        pod["spec"]["containers"][0]["volumeMounts"] = mounts.clone().into();
+    })
+}
+
+/// The PodVolumeBackups of all volumes of such a pod.
+struct Many<'a> {
+    cluster: &'a Cluster,
+    group: String,
+    count: u32,
+}
+
+impl<'a> Many<'a> {
+    fn begin(cluster: &'a Cluster, group: &str, pod: &Value, count: u32) -> Self {
+        for n in 0..count {
+            let mut backup = cluster.backup(&format!("{group}-{n}"), pod);
+            backup["metadata"]["labels"]["velero.io/backup-name"] = group.into();
+            backup["spec"]["volume"] = format!("v{n}").into();
+            cluster.apply(&backup);
+        }
+        Self { cluster, group: group.to_owned(), count }
+    }
+
+    fn all(&self) -> Vec<Value> {
+        let all = self.cluster.list("podvolumebackups", NAMESPACE);
+        let own = |one: &Value| one["metadata"]["labels"]["velero.io/backup-name"] == *self.group;
+        all.into_iter().filter(own).collect()
+    }
+
+    /// Waits until so many have ended, while no more than three are ever in flight.
+    fn until_done(&self, at_least: usize) {
+        wait_for(&format!("{at_least} volumes to be done"), Duration::from_secs(600), || {
+            let all = self.all();
+            let count = |phases: &[&str]| {
+                let is = |one: &&Value| {
+                    phases.contains(&one["status"]["phase"].as_str().unwrap_or("New"))
+                };
+                all.iter().filter(is).count()
+            };
+            let running = count(&["Accepted", "InProgress"]);
+            assert!(running <= 3, "{running} volumes are in flight at once");
+            (count(&["Completed", "Failed", "Canceled"]) >= at_least).then_some(())
+        });
+    }
+
+    /// Waits until all have ended as they should, and gives them.
+    fn completed(&self) -> Vec<Value> {
+        self.until_done(self.count as usize);
+        let all = self.all();
+        for backup in &all {
+            assert_eq!(backup["status"]["phase"], "Completed", "{backup}");
+        }
+        all
+    }
+}
+
 /// Twenty volumes, of which no more than three are in flight, while everything is killed once.
 #[test]
 fn twenty_volumes_survive_the_death_of_every_part() {
     let cluster = Cluster::get();
     let namespace = cluster.namespace("twenty");
-    let volumes: Vec<Value> =
-        (0..20).map(|n| json!({ "name": format!("v{n}"), "emptyDir": {} })).collect();
-    let mounts: Vec<Value> = (0..20)
-        .map(|n| json!({ "name": format!("v{n}"), "mountPath": format!("/data/v{n}") }))
-        .collect();
-    let script = "for i in $(seq 0 19); do head -c 30000000 /dev/urandom > /data/v$i/noise; echo $i > /data/v$i/number; done";
-    let pod = cluster.pod(&namespace, "source", script, &|pod| {
-        pod["spec"]["volumes"] = volumes.clone().into();
-        pod["spec"]["containers"][0]["volumeMounts"] = mounts.clone().into();
-    });
-    for n in 0..20 {
-        let mut backup = cluster.backup(&format!("{namespace}-{n}"), &pod);
-        backup["metadata"]["labels"]["velero.io/backup-name"] = namespace.clone().into();
-        backup["spec"]["volume"] = format!("v{n}").into();
-        cluster.apply(&backup);
-    }
-    let backups = || -> Vec<Value> {
-        let all = cluster.list("podvolumebackups", NAMESPACE);
-        let own =
-            |one: &Value| one["metadata"]["labels"]["velero.io/backup-name"] == namespace.as_str();
-        all.into_iter().filter(own).collect()
-    };
-    let count = |phases: &[&str]| {
-        let is = |one: &Value| phases.contains(&one["status"]["phase"].as_str().unwrap_or("New"));
-        backups().iter().filter(|one| is(one)).count()
-    };
-    let done = |at_least: usize| {
-        wait(&format!("{at_least} volumes to be done"), || {
-            let running = count(&["Accepted", "InProgress"]);
-            assert!(running <= 3, "{running} volumes are in flight at once");
-            (count(&["Completed", "Failed", "Canceled"]) >= at_least).then_some(())
-        });
-    };
+    let pod = pod_of_many(&cluster, &namespace, 20);
+    let many = Many::begin(&cluster, &namespace, &pod, 20);
     let kill = |label: &str| {
-        cluster.kubectl(&[
-            "-n",
-            NAMESPACE,
-            "delete",
-            "pod",
-            "-l",
-            label,
-            "--grace-period=0",
-            "--force",
-            "--wait=false",
-        ]);
+        let now = ["--grace-period=0", "--force", "--wait=false"];
+        let which = ["-n", NAMESPACE, "delete", "pod", "-l", label];
+        cluster.kubectl(&[&which[..], &now].concat());
     };
-    done(2);
+    many.until_done(2);
     kill("component=velero");
-    done(5);
+    many.until_done(5);
     kill("name=node-agent");
-    done(8);
+    many.until_done(8);
     cluster.kill_api_server();
-    done(10);
+    many.until_done(10);
     cluster.kill_s3_server();
-    done(12);
+    many.until_done(12);
     kill("component=velero");
     kill("name=node-agent");
-    wait_for("all twenty to be saved", Duration::from_secs(600), || {
-        (count(&["Completed", "Failed", "Canceled"]) == 20).then_some(())
-    });
+    let backups = many.completed();
     cluster.wait_until_ready();
-    let backups = backups();
-    for backup in &backups {
-        assert_eq!(backup["status"]["phase"], "Completed", "{backup}");
-    }
     // Bit for bit, with nothing but the bucket.
     let backup = backups.iter().find(|one| one["spec"]["volume"] == "v7").unwrap();
     assert_eq!(ebackup(&cluster, &["dump", &snapshot(backup), "number"]), "7\n");
@@ -289,6 +338,20 @@ fn twenty_volumes_survive_the_death_of_every_part() {
         .output()
         .unwrap();
     assert_eq!(String::from_utf8(restored.stdout).unwrap(), sum);
+}
+
+/// As an upgrade does it: the old programs are told to end while new ones start.
+#[test]
+fn a_rolling_restart_of_everything_loses_no_volume() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace("rolling");
+    let pod = pod_of_many(&cluster, &namespace, 8);
+    let many = Many::begin(&cluster, &namespace, &pod, 8);
+    many.until_done(2);
+    cluster.kubectl(&["-n", NAMESPACE, "rollout", "restart", "daemonset/node-agent"]);
+    cluster.kubectl(&["-n", NAMESPACE, "rollout", "restart", "deployment/velero"]);
+    many.completed();
+    cluster.wait_until_ready();
 }
 
 #[test]
@@ -329,7 +392,8 @@ fn an_agent_of_128_mib_saves_what_is_far_larger() {
     assert_eq!(files["files"], 200_001, "{files}");
     let agents = cluster.pods("name=node-agent");
     let agent = agents.iter().find(|pod| is_ready(pod)).expect("the agent runs");
-    assert_eq!(agent["status"]["containerStatuses"][0]["restartCount"], 0, "{agent}");
+    let container = &agent["status"]["containerStatuses"][0];
+    assert_eq!(container["restartCount"], 0, "{container:#}\n{}", cluster.agent_before());
     assert_eq!(agent["spec"]["containers"][0]["resources"]["limits"]["memory"], "128Mi");
     cluster.kubectl(&["delete", "namespace", &namespace, "--wait=false"]);
 }

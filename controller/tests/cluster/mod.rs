@@ -172,6 +172,38 @@ impl Cluster {
         self.wait_for_pod(namespace, name)
     }
 
+    /// Makes a claim with a local volume, as a provisioner would; the folder goes with what is returned.
+    pub(crate) fn claim(&self, namespace: &str, name: &str) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let volume = format!("{namespace}-{name}");
+        let common = json!({
+            "accessModes": ["ReadWriteOnce"], "storageClassName": "by-hand", "volumeMode": "Filesystem",
+        });
+        let with = |more: Value| {
+            let mut spec = common.clone();
+            spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            spec
+        };
+        apply(&json!({
+            "apiVersion": "v1", "kind": "PersistentVolume", "metadata": { "name": volume },
+            "spec": with(json!({
+                "capacity": { "storage": "1Gi" }, "local": { "path": folder.path() },
+                "claimRef": { "namespace": namespace, "name": name },
+                "nodeAffinity": { "required": { "nodeSelectorTerms": [{ "matchExpressions": [
+                    { "key": "kubernetes.io/hostname", "operator": "Exists" },
+                ] }] } },
+            })),
+        }));
+        apply(&json!({
+            "apiVersion": "v1", "kind": "PersistentVolumeClaim",
+            "metadata": { "name": name, "namespace": namespace },
+            "spec": with(json!({
+                "volumeName": volume, "resources": { "requests": { "storage": "1Gi" } },
+            })),
+        }));
+        folder
+    }
+
     /// Waits until a pod is ready.
     pub(crate) fn wait_for_pod(&self, namespace: &str, name: &str) -> Value {
         wait(&format!("pod {name} to be ready"), || {
@@ -293,6 +325,13 @@ impl Cluster {
         wait_until_ready();
     }
 
+    /// What the agent logged before it was last restarted.
+    pub(crate) fn agent_before(&self) -> String {
+        let args = ["-n", NAMESPACE, "logs", "-l", "name=node-agent", "--previous", "--tail=40"];
+        let output = kubectl_output(&args);
+        String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+    }
+
     /// Names of the pods of a part of the product.
     pub(crate) fn pods(&self, label: &str) -> Vec<Value> {
         let text = kubectl(&["-n", NAMESPACE, "get", "pods", "-l", label, "-o", "json"]);
@@ -387,21 +426,28 @@ fn install() {
     let overlay = root().join("target/cluster-overlay");
     fs::create_dir_all(&overlay).unwrap();
     let pods = format!("{}/pods", var("EBACKUP_TEST_KUBELET_ROOT"));
+    // What runs already is of an older image.
+    let anew = json!({ "annotations": { "installed": fresh("run") } });
+    let patch = |kind: &str, name: &str, spec: Value| {
+        json!({
+            "apiVersion": "apps/v1", "kind": kind, "metadata": { "name": name, "namespace": NAMESPACE },
+            "spec": { "template": { "metadata": anew, "spec": spec } },
+        })
+    };
+    let volumes = json!({ "volumes": [{ "name": "pods", "hostPath": { "path": pods } }] });
+    let patches = [
+        ("controller.yaml", patch("Deployment", "velero", json!({}))),
+        ("agent.yaml", patch("DaemonSet", "node-agent", volumes)),
+    ];
     let kustomization = json!({
         "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
         "bases": ["../../deploy/test"],
-        "patchesStrategicMerge": ["kubelet-root.yaml"],
-    });
-    let patch = json!({
-        "apiVersion": "apps/v1", "kind": "DaemonSet",
-        "metadata": { "name": "node-agent", "namespace": NAMESPACE },
-        "spec": { "template": {
-            "metadata": { "annotations": { "installed": fresh("run") } },
-            "spec": { "volumes": [{ "name": "pods", "hostPath": { "path": pods } }] },
-        } },
+        "patchesStrategicMerge": patches.each_ref().map(|(name, _)| name),
     });
     fs::write(overlay.join("kustomization.yaml"), kustomization.to_string()).unwrap();
-    fs::write(overlay.join("kubelet-root.yaml"), patch.to_string()).unwrap();
+    for (name, patch) in patches {
+        fs::write(overlay.join(name), patch.to_string()).unwrap();
+    }
     // CustomResourceDefinitions are made by the same command, and nothing in it is of their kinds.
     kubectl(&["apply", "-k", overlay.to_str().unwrap()]);
     // What an earlier run left.
