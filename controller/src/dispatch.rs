@@ -18,6 +18,7 @@ use std::time::Duration;
 use anyhow::Result;
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
 use kube::api::Api;
+use kube::core::{DeserializeGuard, error_boundary::InvalidObject};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Client, ResourceExt};
 use proto::v1::from_controller::Message;
@@ -132,11 +133,29 @@ enum Note {
     Restore(watcher::Event<PodVolumeRestore>),
     Location(watcher::Event<BackupStorageLocation>),
     Repository(watcher::Event<BackupRepository>),
-    Inspected { uid: String, found: Result<Inspection, kube::Error> },
-    Written { uid: String, update: Update, done: Result<Object, Refused> },
-    Checked { name: String, found: Result<Checked, kube::Error> },
-    LocationWritten { name: String, done: Result<BackupStorageLocation, Refused> },
-    RepositoryWritten { name: String, done: Option<BackupRepository> },
+    Inspected {
+        uid: String,
+        found: Result<Inspection, kube::Error>,
+    },
+    /// `latest`: what the object is instead, when the change was refused.
+    Written {
+        uid: String,
+        update: Update,
+        done: Result<Object, Refused>,
+        latest: Option<Object>,
+    },
+    Checked {
+        name: String,
+        found: Result<Checked, kube::Error>,
+    },
+    LocationWritten {
+        name: String,
+        done: Result<BackupStorageLocation, Refused>,
+    },
+    RepositoryWritten {
+        name: String,
+        done: Option<BackupRepository>,
+    },
 }
 
 /// Runs until the receiver of events ends, or a watch cannot go on.
@@ -192,13 +211,14 @@ fn watches(context: &Context) -> impl Stream<Item = Note> + use<> {
             + Send
             + 'static,
     {
-        let api: Api<K> = Api::namespaced(context.client.clone(), &context.namespace);
+        let api: Api<DeserializeGuard<K>> =
+            Api::namespaced(context.client.clone(), &context.namespace);
         watcher(api, watcher::Config::default().timeout(WATCH_SECONDS))
             .default_backoff()
             // Who changed what when is half of an object, and all of them are kept.
             .modify(|object| object.managed_fields_mut().clear())
             .inspect_err(|error| tracing::warn!(%error, "a watch broke off, beginning again"))
-            .filter_map(async |event| event.ok())
+            .filter_map(async |event| valid(event.ok()?))
             .map(wrap)
     }
     let all = [
@@ -208,6 +228,27 @@ fn watches(context: &Context) -> impl Stream<Item = Note> + use<> {
         one(context, Note::Repository).boxed(),
     ];
     futures::stream::select_all(all)
+}
+
+/// The event without an object that is not of its kind: made by another version, before the definition refused it. It
+/// must not hide all others.
+fn valid<K: kube::Resource<DynamicType = ()>>(
+    event: watcher::Event<DeserializeGuard<K>>,
+) -> Option<watcher::Event<K>> {
+    let object = |guarded: DeserializeGuard<K>| {
+        let told = |invalid: &InvalidObject| {
+            let (kind, name) = (K::kind(&()), invalid.metadata.name.as_deref().unwrap_or_default());
+            tracing::warn!(%kind, name, error = invalid.error, "an object is not of its kind, and left alone");
+        };
+        guarded.0.inspect_err(told).ok()
+    };
+    Some(match event {
+        watcher::Event::Init => watcher::Event::Init,
+        watcher::Event::InitDone => watcher::Event::InitDone,
+        watcher::Event::InitApply(guarded) => watcher::Event::InitApply(object(guarded)?),
+        watcher::Event::Apply(guarded) => watcher::Event::Apply(object(guarded)?),
+        watcher::Event::Delete(guarded) => watcher::Event::Delete(object(guarded)?),
+    })
 }
 
 /// Which objects of a kind were listed, since the list began.
@@ -329,7 +370,11 @@ impl World {
                 self.follow_repositories(change);
             }
             Note::Inspected { uid, found } => self.inspected(&uid, found),
-            Note::Written { uid, update, done } => self.written(&uid, &update, done),
+            Note::Written { uid, update, done, latest } => {
+                // Before its slot counts as free: the change may have been made, and the answer lost.
+                latest.into_iter().for_each(|object| self.seen(object));
+                self.written(&uid, &update, done);
+            }
             Note::Checked { name, found } => self.checked(&name, found),
             Note::LocationWritten { name, done } => self.location_written(&name, done),
             Note::RepositoryWritten { name, done } => self.repository_written(&name, done),
@@ -396,12 +441,7 @@ impl World {
         for done in finished {
             self.finished(node, done);
         }
-        // Of changes while it was away.
-        for location in self.locations.values() {
-            if let Some(renew) = location.renewal() {
-                self.send(node, renew);
-            }
-        }
+        self.renew(node);
     }
 
     fn is_connected(&self, node: &str) -> bool {
@@ -445,5 +485,32 @@ impl World {
         let now = self.now();
         self.settle_places(now);
         self.settle_volumes(now);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn an_object_of_another_version_hides_no_other() {
+        let restore = |spec: serde_json::Value| -> DeserializeGuard<PodVolumeRestore> {
+            serde_json::from_value(json!({
+                "apiVersion": "velero.io/v1", "kind": "PodVolumeRestore",
+                "metadata": {"name": "r"}, "spec": spec,
+            }))
+            .unwrap()
+        };
+        let whole = json!({"pod": {}, "volume": "v", "backupStorageLocation": "l",
+                           "snapshotID": "s", "sourceNamespace": "n"});
+        let old =
+            json!({"pod": {}, "volume": "v", "backupStorageLocation": "l", "snapshotID": "s"});
+        let listed = |spec| valid(watcher::Event::InitApply(restore(spec)));
+        assert!(matches!(listed(whole), Some(watcher::Event::InitApply(_))));
+        assert!(listed(old).is_none());
+        let done: Option<watcher::Event<PodVolumeRestore>> = valid(watcher::Event::InitDone);
+        assert!(matches!(done, Some(watcher::Event::InitDone)));
     }
 }

@@ -190,6 +190,13 @@ impl Keeper {
         Some(patch)
     }
 
+    /// There is no repository any more: where it was open, it is to be made again.
+    pub fn vanished(&mut self) {
+        if matches!(self.opened, Opened::Yes(_)) {
+            self.opened = Opened::No;
+        }
+    }
+
     /// The agent of a node is away: what it was opening is opened by another one.
     pub fn lost(&mut self, node: &str) {
         if matches!(&self.opened, Opened::Opening { run, .. } if run.node == node) {
@@ -271,6 +278,7 @@ mod tests {
 
     fn usable() -> Usable {
         Usable {
+            repository_exists: true,
             repository: Repository {
                 url: "s3://bucket".to_owned(),
                 passphrase: b"one".to_vec(),

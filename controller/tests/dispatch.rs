@@ -406,7 +406,7 @@ async fn a_changed_key_reaches_the_agents() {
     world.location(&bucket, &world.server.secret).await;
     let dispatcher = world.dispatch(Settings::default());
     let fleet = Fleet::new(true);
-    let _agent = fleet.join(&dispatcher, "n1").await;
+    let _agents = (fleet.join(&dispatcher, "n1").await, fleet.join(&dispatcher, "n2").await);
     let pod = world.pod("p", "n1").await;
     world.backup("b", "backup", &pod).await;
     world.until_phase("b", PodVolumePhase::InProgress).await;
@@ -417,8 +417,11 @@ async fn a_changed_key_reaches_the_agents() {
     world
         .change::<Secret>("secret-secure-opaque", json!({"stringData": {"cloud": credential}}))
         .await;
-    fleet.until("that the agent hears of it", |seen| seen.renewed.contains(SMALL_KEY)).await;
-    assert_eq!(fleet.seen().opened, 1, "another key makes no other repository");
+    fleet.until("that the agent hears of it", |seen| !seen.renewed.is_empty()).await;
+    let seen = fleet.seen();
+    let expected = ("n1".to_owned(), SMALL_KEY.to_owned());
+    assert_eq!(seen.renewed, [expected].into(), "only who works with it is told");
+    assert_eq!(seen.opened, 1, "another key makes no other repository");
     fleet.release();
     world.until_phase("b", PodVolumePhase::Completed).await;
 }
@@ -438,4 +441,30 @@ async fn what_a_finalizer_keeps_from_going_is_not_worked_on() {
     world.until_phase("b", PodVolumePhase::Canceled).await;
     assert!(fleet.seen().cancelled.contains(&uid));
     world.change::<PodVolumeBackup>("b", json!({"metadata": {"finalizers": null}})).await;
+}
+
+/// By a leader that is gone, say, or by a write whose answer was lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_somebody_else_accepted_is_sent_to_its_agent() {
+    let world = World::new("accepted").await;
+    world.good_location().await;
+    let dispatcher = world.dispatch(Settings::default());
+    let fleet = Fleet::new(false);
+    let _agent = fleet.join(&dispatcher, "n1").await;
+    let is_open = |repository: &BackupRepository| {
+        repository.status.as_ref().is_some_and(|it| it.phase == RepositoryPhase::Ready)
+    };
+    let _open: BackupRepository = world.until(LOCATION, "is ready", is_open).await;
+    let pod = world.pod("p", "n1").await;
+    let _made: PodVolumeBackup = world
+        .create(json!({
+            "apiVersion": "velero.io/v1", "kind": "PodVolumeBackup", "metadata": {"name": "b"},
+            "spec": {
+                "node": "n1", "volume": "data", "backupStorageLocation": LOCATION, "repoIdentifier": "",
+                "pod": {"kind": "Pod", "namespace": world.namespace, "name": "p", "uid": pod.uid()},
+            },
+            "status": {"phase": "Accepted", "node": "n1"},
+        }))
+        .await;
+    world.until_phase("b", PodVolumePhase::Completed).await;
 }

@@ -392,6 +392,8 @@ fn what_goes_wrong_is_told_by_its_kind_and_without_secrets() {
         controller.probed(&id)
     };
     assert_eq!(probe("good", location.repository.clone()), "");
+    let keyless = proto::v1::Repository { credentials: None, ..location.repository.clone() };
+    assert_eq!(probe("keyless", keyless), "", "who is refused has reached the store");
     let nobody = proto::v1::Repository {
         endpoint: "https://127.0.0.1:1".to_owned(),
         ..location.repository.clone()

@@ -72,6 +72,8 @@ pub struct Job {
     pub progress: Option<Progress>,
     /// When progress was last written.
     pub progress_at: Option<Timestamp>,
+    /// Since when its location cannot be used, though it has a slot.
+    pub blocked_since: Option<Timestamp>,
     /// Whether the agent was told to end it.
     pub cancel_sent: bool,
     /// Whether a change of its status is on its way.
@@ -91,6 +93,7 @@ impl Job {
             outcome: None,
             progress: None,
             progress_at: None,
+            blocked_since: None,
             cancel_sent: false,
             writing: false,
             accepting: None,
@@ -119,6 +122,8 @@ pub struct Facts {
     pub location: Option<String>,
     /// Why it never can, for this object.
     pub hopeless: Option<String>,
+    /// Whether it has had a slot, and could not, for longer than others should wait for that slot.
+    pub blocked: bool,
     /// Whether it was given a slot.
     pub granted: bool,
     /// Why it has none.
@@ -243,6 +248,7 @@ fn assign(job: &Job, facts: &Facts, now: Timestamp) -> Option<Action> {
         Place::Ready(_) if facts.connected && facts.location.is_none() => {
             Some(Action::Assign { repeated: !job.fresh })
         }
+        _ if facts.blocked => facts.location.clone().map(|why| Action::Write(Update::Fail(why))),
         _ => None,
     }
 }
@@ -336,6 +342,8 @@ mod tests {
         assert_eq!(next(&job, &connected(), at(0)), Some(Action::Assign { repeated: false }));
         let closed = Facts { location: Some("down".to_owned()), ..connected() };
         assert_eq!(next(&job, &closed, at(0)), None);
+        let given_up = Facts { blocked: true, ..closed };
+        assert_eq!(next(&job, &given_up, at(0)), fail("down"), "others wait for its slot");
         assert_eq!(next(&job, &Facts::default(), at(0)), None, "not connected");
         job.place = Place::Refused("gone".to_owned());
         assert_eq!(next(&job, &connected(), at(0)), fail("gone"));

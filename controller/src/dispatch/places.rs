@@ -99,7 +99,7 @@ impl Location {
     }
 
     /// What tells an agent the credentials in force.
-    pub(super) fn renewal(&self) -> Option<Message> {
+    fn renewal(&self) -> Option<Message> {
         let credentials = self.usable()?.repository.credentials.clone();
         let location = self.object.name_any();
         Some(Message::Renew(Renew { location, credentials }))
@@ -114,8 +114,10 @@ impl Location {
         };
         // Secrets are not watched; who has just mended one should not have to wait.
         let every = match (frequency(&self.object), checked) {
-            (Some(every), Err(_)) => Some(every.min(CHECK_FAILED_EVERY)),
-            (every, _) => every,
+            (every, Err(_)) => {
+                Some(every.map_or(CHECK_FAILED_EVERY, |it| it.min(CHECK_FAILED_EVERY)))
+            }
+            (every, Ok(_)) => every,
         };
         self.changed || every.is_some_and(|every| elapsed(*at, now) >= every)
     }
@@ -235,12 +237,42 @@ impl World {
         let old = location.checked.as_ref().and_then(|(checked, _)| credentials(checked));
         let new = credentials(&checked);
         let renewed = new.filter(|new| old.is_some_and(|old| old != *new));
+        let exists =
+            |checked: &Checked| checked.as_ref().ok().map(|usable| usable.repository_exists);
+        let before = location.checked.as_ref().and_then(|(checked, _)| exists(checked));
+        if (before, exists(&checked)) == (Some(true), Some(false)) {
+            tracing::warn!(location = name, "its repository has vanished from the bucket");
+            location.keeper.vanished();
+        }
         location.checked = Some((checked, now));
         location.unsaid = true;
         if let Some(credentials) = renewed {
-            for agent in self.context.agents.list() {
+            for node in self.nodes_that_use(name) {
                 let (location, credentials) = (name.to_owned(), Some(credentials.clone()));
-                self.send(&agent.node, Message::Renew(Renew { location, credentials }));
+                self.send(&node, Message::Renew(Renew { location, credentials }));
+            }
+        }
+    }
+
+    /// Nodes with work for a location: nobody else is told its keys.
+    fn nodes_that_use(&self, name: &str) -> BTreeSet<String> {
+        let volumes = self
+            .jobs
+            .values()
+            .filter(|job| job.object.phase().is_assigned() && job.object.location() == name);
+        let volumes = volumes.filter_map(|job| job.object.node().map(str::to_owned));
+        let location = self.locations.get(name).into_iter();
+        let runs = location.flat_map(|location| location.keeper.runs()).map(|run| run.node.clone());
+        volumes.chain(runs).collect()
+    }
+
+    /// Tells an agent that is back what has changed while it was away.
+    pub(super) fn renew(&self, node: &str) {
+        for (name, location) in &self.locations {
+            if let Some(renewal) =
+                location.renewal().filter(|_| self.nodes_that_use(name).contains(node))
+            {
+                self.send(node, renewal);
             }
         }
     }
@@ -341,8 +373,9 @@ impl World {
             if asked.is_some_and(|at| elapsed(*at, now) < every) {
                 continue;
             }
-            // To reach a store takes no passphrase.
-            let repository = Repository { passphrase: Vec::new(), ..repository.clone() };
+            // To reach a store takes neither passphrase nor key: who is refused has reached it.
+            let repository =
+                Repository { passphrase: Vec::new(), credentials: None, ..repository.clone() };
             let probe = Probe { id: name.to_owned(), repository: Some(repository) };
             if agents.send(&agent.node, Message::Probe(probe)).is_ok() {
                 location.probed.insert(agent.node, now);

@@ -10,7 +10,7 @@ use proto::v1::job::Work;
 use proto::v1::{Assign, Backup, Cancel, Job as Work_, Recorded, Repository, Restore};
 
 use super::inspect::{Inspection, inspect};
-use super::job::{Action, Agent, Facts, Job, Place, Ready, next};
+use super::job::{Action, Agent, Facts, Job, Place, Ready, elapsed, next};
 use super::object::{Object, Update, is_success, patch};
 use super::write::{Precondition, Refused, write_status};
 use super::{Change, Note, World};
@@ -46,11 +46,17 @@ impl World {
         }
     }
 
-    fn seen(&mut self, object: Object) {
+    pub(super) fn seen(&mut self, object: Object) {
         let now = self.now();
         let connected = object.node().is_some_and(|node| self.is_connected(node));
+        let complete = self.is_complete();
         let Some(job) = self.jobs.get_mut(&object.uid()) else {
-            self.jobs.insert(object.uid(), Job::new(object, now));
+            let mut job = Job::new(object, now);
+            // Of those that were there when this dispatcher began, agents say what they have.
+            if complete && connected && job.object.phase().is_assigned() {
+                job.agent = Agent::Lacks;
+            }
+            self.jobs.insert(job.object.uid(), job);
             return;
         };
         // What was written here comes back through the watch, perhaps after older versions.
@@ -58,8 +64,8 @@ impl World {
             return;
         }
         let accepted = !job.object.phase().is_assigned() && object.phase().is_assigned();
-        if accepted && !job.writing && connected {
-            // By a write whose answer was lost, or by the leader before this one.
+        if accepted && connected {
+            // Also by a write whose answer was lost, or by the leader before this one.
             job.agent = Agent::Lacks;
         }
         job.object = object;
@@ -94,7 +100,7 @@ impl World {
             Ok(Inspection::Done) => Place::Done,
             Err(error) => {
                 tracing::warn!(subject = job.object.subject(), %error, "cannot look for a volume");
-                Place::Unknown(later(now))
+                Place::NotYet(format!("cannot look for its volume: {error}"), later(now))
             }
         };
     }
@@ -267,15 +273,23 @@ impl World {
         let node = node.unwrap_or_default().to_owned();
         let is_connected = connected.contains_key(&node);
         let away = if is_connected { Duration::ZERO } else { self.away_for(&node, now) };
+        let location = self.obstacle(job);
+        let holds_slot = job.object.phase().is_assigned() && job.agent == Agent::Lacks;
+        let blocked_since =
+            location.as_ref().filter(|_| holds_slot).map(|_| job.blocked_since.unwrap_or(now));
+        let patience = self.context.settings.agent_lost;
         let facts = Facts {
-            location: self.obstacle(job),
+            location,
             hopeless: self.hopeless(job),
+            blocked: blocked_since.is_some_and(|since| elapsed(since, now) >= patience),
             granted,
             waits: waits.map(|why| explain(why, &node)),
             connected: is_connected,
             lost: job.object.phase().is_assigned() && away >= self.context.settings.agent_lost,
         };
-        let Some(action) = next(job, &facts, now) else {
+        let action = next(job, &facts, now);
+        self.change(uid, |job| job.blocked_since = blocked_since);
+        let Some(action) = action else {
             return;
         };
         match action {
@@ -330,14 +344,12 @@ impl World {
         let (name, is_backup) = (job.object.name(), job.object.kind() == Kind::Backup);
         let (uid, context) = (uid.to_owned(), self.context.clone());
         self.spawn_in_turn(async move {
-            let done = if is_backup {
-                let api = api::<PodVolumeBackup>(&context);
-                write_status(&api, &name, &precondition, &status).await.map(Object::from)
+            let (done, latest) = if is_backup {
+                write_or_look::<PodVolumeBackup>(&context, &name, &precondition, &status).await
             } else {
-                let api = api::<PodVolumeRestore>(&context);
-                write_status(&api, &name, &precondition, &status).await.map(Object::from)
+                write_or_look::<PodVolumeRestore>(&context, &name, &precondition, &status).await
             };
-            Note::Written { uid, update, done }
+            Note::Written { uid, update, done, latest }
         });
     }
 
@@ -415,6 +427,30 @@ impl World {
         });
         others.max().map(|(_, snapshot)| snapshot.clone())
     }
+}
+
+/// Changes a status; where that was refused because the object has changed, also tells what it is now.
+async fn write_or_look<K>(
+    context: &super::Context,
+    name: &str,
+    precondition: &Precondition,
+    status: &serde_json::Value,
+) -> (Result<Object, Refused>, Option<Object>)
+where
+    K: kube::Resource<Scope = NamespaceResourceScope, DynamicType = ()>
+        + Clone
+        + std::fmt::Debug
+        + serde::de::DeserializeOwned
+        + Into<Object>,
+{
+    let api = api::<K>(context);
+    let done = write_status(&api, name, precondition, status).await.map(Into::into);
+    let latest = match done {
+        // Without an answer the watch tells, a little later.
+        Err(Refused::Conflict) => api.get(name).await.ok().map(Into::into),
+        _ => None,
+    };
+    (done, latest.filter(|object: &Object| object.uid() == precondition.uid))
 }
 
 pub(super) fn api<K>(context: &super::Context) -> Api<K>

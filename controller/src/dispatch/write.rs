@@ -54,7 +54,8 @@ where
         if let kube::Error::Api(status) = &error {
             match status.code {
                 404 => return Err(Refused::Gone),
-                400 | 422 => {
+                // A policy of the cluster may forbid it, or the object be too large.
+                400 | 403 | 413 | 422 => {
                     tracing::error!(name, %error, "a status is not as the API server wants it");
                     tokio::time::sleep(WAIT.1).await;
                     return Err(Refused::Conflict);

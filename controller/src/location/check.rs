@@ -18,6 +18,8 @@ use crate::api::BackupStorageLocation;
 pub struct Usable {
     /// Store and passphrase.
     pub repository: Repository,
+    /// Whether there was a repository when the store was tried.
+    pub repository_exists: bool,
     /// A passphrase that the repository may still have; may be empty.
     pub previous_passphrase: Vec<u8>,
     /// Name of the Secret with the passphrase.
@@ -75,6 +77,7 @@ pub async fn check(
     let repository = Repository { passphrase: passphrase.current, ..store.repository };
     Ok(Ok(Usable {
         repository,
+        repository_exists: proof.repository_exists,
         previous_passphrase: passphrase.previous,
         secret: name,
         exported,

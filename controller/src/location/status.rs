@@ -15,6 +15,9 @@ use crate::api::{BackupStorageLocation, Timestamp};
 /// How often a location is validated, unless it says otherwise.
 const VALIDATE_EVERY: Duration = Duration::from_secs(60);
 
+/// So many nodes that cannot reach a location are named: there may be thousands, and an object has a size.
+const NODES_NAMED: usize = 10;
+
 /// What the agents said of reaching the store, by node: why they cannot, or nothing.
 pub type Reach = BTreeMap<String, Option<String>>;
 
@@ -44,10 +47,15 @@ pub fn status(
     if let Err(why) = checked {
         remarks.push(format!("BackupStorageLocation \"{name}\" is unavailable: {why}"));
     }
-    let cut_off: Vec<String> = reach
+    let mut cut_off: Vec<String> = reach
         .iter()
         .filter_map(|(node, error)| Some(format!("{node} ({})", error.as_ref()?)))
         .collect();
+    let others = cut_off.len().saturating_sub(NODES_NAMED);
+    if others > 0 {
+        cut_off.truncate(NODES_NAMED);
+        cut_off.push(format!("{others} more"));
+    }
     if !cut_off.is_empty() {
         remarks.push(format!("not reachable from nodes: {}", cut_off.join(", ")));
     }
@@ -172,6 +180,7 @@ mod tests {
 
     fn usable(exported: bool) -> Checked {
         Ok(Usable {
+            repository_exists: true,
             repository: proto::v1::Repository::default(),
             previous_passphrase: Vec::new(),
             secret: "the-secret".to_owned(),
@@ -213,6 +222,21 @@ mod tests {
             "True",
             "nothing new is known of it"
         );
+    }
+
+    #[test]
+    fn a_few_of_many_nodes_that_are_cut_off_are_named() {
+        let reach = (0..5000).map(|n| (format!("node-{n:04}"), Some("no route".repeat(100))));
+        let all = status(
+            &BackupStorageLocation::default(),
+            &usable(true),
+            at(0),
+            &reach.collect(),
+            at(0),
+        );
+        let message = all.message.clone().unwrap();
+        assert!(message.contains("node-0009") && message.contains("4990 more"), "{message}");
+        assert!(serde_json::to_string(&all).unwrap().len() < 20_000);
     }
 
     #[test]

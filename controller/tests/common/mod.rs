@@ -313,8 +313,8 @@ pub(crate) struct Seen {
     /// How often a repository was opened, and pruned.
     pub(crate) opened: usize,
     pub(crate) pruned: usize,
-    /// Access keys that were told to replace earlier ones.
-    pub(crate) renewed: BTreeSet<String>,
+    /// Nodes that were told other access keys, and these.
+    pub(crate) renewed: BTreeSet<(String, String)>,
 }
 
 /// The agents of a test.
@@ -423,7 +423,7 @@ impl Fleet {
             Message::Renew(renew) => {
                 let key = renew.credentials.unwrap_or_default().access_key;
                 self.seen.send_modify(|seen| {
-                    seen.renewed.insert(key);
+                    seen.renewed.insert((node.to_owned(), key));
                 });
             }
             _ => {}

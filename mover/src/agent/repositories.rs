@@ -137,14 +137,23 @@ pub(super) fn open_store<'a>(
     Ok(Store { objects, _lease: lease })
 }
 
-/// Tries whether the store of `repository` can be reached. Empty: it can; else why not.
+/// Tries whether the store of `repository` can be reached. Empty: it can; else why not. Without a key, a store that
+/// refuses it was reached.
 pub(super) fn probe(config: &Config, repository: &v1::Repository) -> String {
-    let key = SharedKey::new(access_key(repository.credentials.as_ref()));
+    let nobody = || v1::Credentials {
+        access_key: "NOBODY".to_owned(),
+        secret_key: "none".to_owned(),
+        ..Default::default()
+    };
+    let given = repository.credentials.clone();
+    let anonymous = given.is_none();
+    let key = SharedKey::new(access_key(Some(&given.unwrap_or_else(nobody))));
     let tried = s3_config(config, repository, key, Stop::default()).and_then(|s3| {
         let s3 = S3Config { attempts: PROBE_ATTEMPTS, ..s3 };
         S3Store::open(s3).map_err(|error| opening(&error.into()))
     });
-    tried.err().map(|failed| failed.message).unwrap_or_default()
+    let failed = tried.err().filter(|it| !(anonymous && it.kind == FailureKind::StoreDenied));
+    failed.map(|failed| failed.message).unwrap_or_default()
 }
 
 fn unlock(repository: &v1::Repository) -> Result<Unlock> {
