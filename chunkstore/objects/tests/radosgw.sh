@@ -24,7 +24,8 @@ if [ ! -f "$D/tls/server.pem" ]; then
 fi
 
 # cephx with one keyring, for without it the gateway does not start; no limit on the length of object
-# names; tcp_nodelay, for without it each small answer waits 40 ms.
+# names; tcp_nodelay, for without it each small answer waits 40 ms; what is deleted gives its room back in seconds, not
+# in hours, so that a long run does not fill the disk.
 cat > "$CEPH_CONF" <<CONF
 [global]
 fsid = 11111111-2222-3333-4444-555555555555
@@ -75,6 +76,9 @@ rgw dns name = s3.test
 rgw enable usage log = false
 rgw enable ops log = false
 rgw thread pool size = 64
+rgw gc obj min wait = 5
+rgw gc processor period = 5
+rgw gc processor max time = 5
 CONF
 
 first=
