@@ -20,7 +20,7 @@ use crate::codec::compress::Compressor;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fetch::{self, Want};
 use crate::id::{BlobId, SnapshotId};
-use crate::pack::BlobKind;
+use crate::pack::{BlobKind, PackClass};
 use crate::record::{self, Origin, Session, Snapshot};
 use crate::repository::Repository;
 use crate::tree::{BlobRef, Body, Content, Entry, EntryCursor, Node, TreeBuilder, TreeCursor};
@@ -224,7 +224,7 @@ impl Copy<'_> {
         let purpose = if part.is_some() { at as u32 + 1 } else { 0 };
         for blob in entry.blobs() {
             if part.is_some() || self.known.blob(&blob.id, self.writer).is_none() {
-                wants.push(Want { blob: *blob, purpose });
+                wants.push(Want { place: blob.location, id: blob.id, purpose });
             }
         }
         Ok(Waiting::Source(entry))
@@ -259,7 +259,7 @@ impl Copy<'_> {
             });
             match (stored, wants.first()) {
                 (Ok((stored, parts)), Some(want)) => {
-                    lock().0.push((want.blob.id, stored, parts));
+                    lock().0.push((want.id, stored, parts));
                     true
                 }
                 (Ok(_), None) => true,
@@ -269,7 +269,7 @@ impl Copy<'_> {
                 }
             }
         };
-        fetch::fetch(self.from, wants, self.threads, &deliver);
+        fetch::fetch(self.from, PackClass::Data, wants, self.threads, &deliver);
         let (found, error) = found.into_inner().unwrap_or_else(PoisonError::into_inner);
         error.map_or(Ok(()), Err)?;
         self.blobs_fetched += found.len() as u64;

@@ -1,4 +1,4 @@
-//! Reads many data blobs: each once, in pack order, in large ranged reads, by several threads.
+//! Reads many blobs: each once, in pack order, in large ranged reads, by several threads.
 //!
 //! The caller says which blobs it wants and what for; this module sorts the wishes by place, merges
 //! neighbours into one read, opens and verifies each blob once, and hands it over together with all
@@ -10,16 +10,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::codec::compress::Decompressor;
 use crate::error::{Error, ErrorKind, Result};
+use crate::id::BlobId;
+use crate::limits::PACK_BLOBS_MAX;
 use crate::pack::{Location, Pack, PackClass};
 use crate::relocation::Relocations;
 use crate::repository::Repository;
-use crate::tree::BlobRef;
 
 /// Bytes read at once, unless one blob is larger.
 pub const READ_BYTES: usize = 4 << 20;
-
-/// Wishes handled by one thread at a time: some 16 MiB, so that small restores are spread as well.
-const BLOBS_PER_TASK: usize = 16;
 
 /// Takes a blob's plaintext, or the error that prevents it, and all wishes for it; answers whether to
 /// go on.
@@ -28,8 +26,10 @@ pub type Deliver<'a> = dyn Fn(Result<&[u8]>, &[Want]) -> bool + Sync + 'a;
 /// A blob and what it is wanted for.
 #[derive(Debug, Clone, Copy)]
 pub struct Want {
-    /// The blob.
-    pub blob: BlobRef,
+    /// Where a reference says that it lies.
+    pub place: Location,
+    /// Its name.
+    pub id: BlobId,
     /// The caller's number for the purpose.
     pub purpose: u32,
 }
@@ -41,22 +41,29 @@ struct Placed {
     want: Want,
 }
 
-/// Fetches every blob of `wants`, and calls `deliver` for each with its plaintext, or with the error
-/// that prevents it, and all wishes for it. `deliver` is called from `threads` threads; after it has
-/// answered `false` once, the rest is left out.
-pub fn fetch(repository: &Repository, wants: Vec<Want>, threads: usize, deliver: &Deliver<'_>) {
+/// Fetches every blob of `wants` from packs of `class`, and calls `deliver` for each with its
+/// plaintext, or with the error that prevents it, and all wishes for it. `deliver` is called from
+/// `threads` threads; after it has answered `false` once, the rest is left out.
+pub fn fetch(
+    repository: &Repository,
+    class: PackClass,
+    wants: Vec<Want>,
+    threads: usize,
+    deliver: &Deliver<'_>,
+) {
     let relocations = repository.relocations();
     let placed = wants
         .into_iter()
-        .map(|want| Placed { at: relocations.newest(want.blob.location), want })
+        .map(|want| Placed { at: relocations.newest(want.place), want })
         .collect::<Vec<_>>();
-    let mut fetch = Fetch { repository, relocations, deliver };
+    let mut fetch = Fetch { repository, class, relocations, deliver };
     let _stopped = fetch.run(placed, threads);
 }
 
 /// Fetching with one state of the relocations.
 struct Fetch<'a> {
     repository: &'a Repository,
+    class: PackClass,
     relocations: Arc<Relocations>,
     deliver: &'a Deliver<'a>,
 }
@@ -87,7 +94,7 @@ impl Fetch<'_> {
             return fail_all(&missing, self.deliver);
         }
         let again = missing.into_iter().map(|(Placed { want, .. }, _)| {
-            let at = self.relocations.newest(want.blob.location);
+            let at = self.relocations.newest(want.place);
             Placed { at, want }
         });
         let again = again.collect();
@@ -95,7 +102,7 @@ impl Fetch<'_> {
     }
 
     fn run_once(&self, placed: &[Placed], threads: usize, missing: &Missing) -> bool {
-        let tasks = divide(placed);
+        let tasks = divide(placed, blobs_per_task(self.class));
         let next = AtomicUsize::new(0);
         let stop = AtomicBool::new(false);
         let work = || {
@@ -104,7 +111,7 @@ impl Fetch<'_> {
                 let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) else {
                     return;
                 };
-                if !reader.run(self.repository, task, self.deliver, missing) {
+                if !reader.run(self, task, missing) {
                     stop.store(true, Ordering::Relaxed);
                 }
             }
@@ -126,8 +133,17 @@ impl Fetch<'_> {
 /// Wishes whose pack is gone, and the error that says so.
 type Missing = Mutex<Vec<(Placed, Error)>>;
 
+/// Blobs handled by one thread at a time: some 16 MiB of data, so that small restores are spread as
+/// well; of the small tree nodes, all of one pack.
+fn blobs_per_task(class: PackClass) -> usize {
+    match class {
+        PackClass::Data => 16,
+        PackClass::Meta => PACK_BLOBS_MAX,
+    }
+}
+
 /// Divides sorted wishes into tasks of one pack and a few blobs each.
-fn divide(placed: &[Placed]) -> Vec<&[Placed]> {
+fn divide(placed: &[Placed], blobs_per_task: usize) -> Vec<&[Placed]> {
     placed
         .chunk_by(|a, b| a.at.pack == b.at.pack)
         .flat_map(|pack| {
@@ -138,7 +154,7 @@ fn divide(placed: &[Placed]) -> Vec<&[Placed]> {
                 let end = rest.iter().enumerate().position(|(at, placed)| {
                     let new = at == 0 || rest[at - 1].at != placed.at;
                     blobs += usize::from(new);
-                    blobs > BLOBS_PER_TASK
+                    blobs > blobs_per_task
                 });
                 let (task, more) = rest.split_at(end.unwrap_or(rest.len()));
                 tasks.push(task);
@@ -158,17 +174,11 @@ struct Reader {
 }
 
 impl Reader {
-    fn run(
-        &mut self,
-        repository: &Repository,
-        task: &[Placed],
-        deliver: &Deliver<'_>,
-        missing: &Missing,
-    ) -> bool {
-        let (store, keys) = (repository.store(), repository.keys());
-        let pack = match repository.packs(PackClass::Data).get(store, keys, task[0].at.pack) {
+    fn run(&mut self, fetch: &Fetch<'_>, task: &[Placed], missing: &Missing) -> bool {
+        let (store, keys) = (fetch.repository.store(), fetch.repository.keys());
+        let pack = match fetch.repository.packs(fetch.class).get(store, keys, task[0].at.pack) {
             Ok(pack) => pack,
-            Err(error) => return fail(&error, task, deliver, missing),
+            Err(error) => return fail(&error, task, fetch.deliver, missing),
         };
         let blobs: Vec<_> = task.chunk_by(|a, b| a.at == b.at).collect();
         let cost = store.read_cost();
@@ -176,7 +186,7 @@ impl Reader {
         while !rest.is_empty() {
             let len = run_length(&pack, rest, cost.gap_bytes);
             let (run, more) = rest.split_at(len);
-            if !self.read_run(repository, &pack, run, deliver, missing) {
+            if !self.read_run(fetch, &pack, run, missing) {
                 return false;
             }
             rest = more;
@@ -187,13 +197,13 @@ impl Reader {
     /// Reads neighbouring blobs at once and delivers them.
     fn read_run(
         &mut self,
-        repository: &Repository,
+        fetch: &Fetch<'_>,
         pack: &Pack,
         run: &[&[Placed]],
-        deliver: &Deliver<'_>,
         missing: &Missing,
     ) -> bool {
-        let place = |placed: &[Placed]| pack.entry(placed[0].at.ordinal, &placed[0].want.blob.id);
+        let Fetch { repository, deliver, .. } = *fetch;
+        let place = |placed: &[Placed]| pack.entry(placed[0].at.ordinal, &placed[0].want.id);
         let (first, last) = match (place(run[0]), place(run[run.len() - 1])) {
             (Ok(first), Ok(last)) => (first, last),
             // Only a run of one can be missing from the table: see `run_length`.
@@ -225,7 +235,7 @@ impl Reader {
 
 /// How many of the first of `blobs` are close enough together to be read at once.
 fn run_length(pack: &Pack, blobs: &[&[Placed]], gap_bytes: u32) -> usize {
-    let place = |placed: &[Placed]| pack.entry(placed[0].at.ordinal, &placed[0].want.blob.id).ok();
+    let place = |placed: &[Placed]| pack.entry(placed[0].at.ordinal, &placed[0].want.id).ok();
     let Some(first) = place(blobs[0]) else {
         return 1;
     };

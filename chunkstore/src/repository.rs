@@ -1,13 +1,15 @@
 //! A repository: an object store, its keys, and what is fixed about it.
 
 use std::io::IoSlice;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use objects::{Created, ObjectStore};
 
 use crate::chunker::{Chunker, ChunkerConfig};
 use crate::codec::seal::{Header, Keyring, ObjectKind, Secret, open_record};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fetch::{Want, fetch};
 use crate::id::{BlobId, RepositoryId, SnapshotId};
 use crate::key_slot::{self, KdfCost, Unlock};
 use crate::limits::RECORD_BYTES_MAX;
@@ -409,11 +411,44 @@ impl Repository {
     }
 }
 
+/// Bytes of tree nodes read ahead, and one node.
+const AHEAD_BYTES: usize = 2 << 20;
+
 impl NodeSource for Repository {
     fn load_node(&self, node: &NodeRef) -> Result<Vec<u8>> {
         let mut scratch = ReadScratch::default();
         self.read_blob(PackClass::Meta, node.location(), &node.id, &mut scratch)?;
         Ok(scratch.plain)
+    }
+
+    fn load_nodes(&self, nodes: &[NodeRef]) -> Vec<Result<Vec<u8>>> {
+        if let [node] = nodes {
+            return vec![self.load_node(node)];
+        }
+        let wants = (0..).zip(nodes).map(|(purpose, node)| Want {
+            place: node.location(),
+            id: node.id,
+            purpose,
+        });
+        let loaded: Vec<OnceLock<Result<Vec<u8>>>> =
+            nodes.iter().map(|_| OnceLock::new()).collect();
+        let bytes = AtomicUsize::new(0);
+        let threads = self.store.read_cost().parallel;
+        fetch(self, PackClass::Meta, wants.collect(), threads, &|plain, wants| {
+            for want in wants {
+                let plain = match &plain {
+                    Ok(plain) => Ok(plain.to_vec()),
+                    Err(error) => Err(error.duplicate()),
+                };
+                let len = plain.as_ref().map_or(0, Vec::len);
+                // The first is wanted, the others perhaps.
+                if want.purpose == 0 || bytes.fetch_add(len, Ordering::Relaxed) < AHEAD_BYTES {
+                    let _once = loaded[want.purpose as usize].set(plain);
+                }
+            }
+            true
+        });
+        loaded.into_iter().map_while(OnceLock::into_inner).collect()
     }
 }
 

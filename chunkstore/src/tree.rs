@@ -22,6 +22,7 @@ mod node;
 
 pub use builder::{NodeSink, TreeBuilder};
 pub use cursor::{EntryCursor, LeafAt, NodeSource, TreeCursor, for_each_node};
+pub(crate) use cursor::{ReadAhead, load_interior, load_leaf};
 pub use diff::{Change, diff};
 pub use entry::{
     BlobRef, Body, Chunk, Content, Entry, Kind, Node, Timestamp, Xattrs, child_key, extent_key,

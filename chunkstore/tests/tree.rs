@@ -313,6 +313,35 @@ fn seeking_reads_one_path() {
 }
 
 #[test]
+fn reading_on_takes_many_nodes_at_a_time() {
+    let nodes = MemoryNodes::default();
+    let entries = many(100_000);
+    let root = build(&nodes, &entries).unwrap();
+    let all = nodes.len();
+    assert!(all > 300, "{all} nodes");
+    let before = nodes.loads();
+    assert!(rest(cursor(&nodes, root)) == entries);
+    let loads = nodes.loads() - before;
+    assert!(loads < all / 15, "{loads} loads of {all} nodes");
+}
+
+#[test]
+fn what_was_read_ahead_is_not_mistaken_for_what_is_wanted() {
+    let nodes = MemoryNodes::default();
+    let entries = many(40_000);
+    let root = build(&nodes, &entries).unwrap();
+    let mut cursor = cursor(&nodes, root);
+    // Reads on for a while from each place, backwards and forwards.
+    for from in [30_000, 100, 39_000, 0, 20_000, 20_001] {
+        cursor.seek(&entries[from].key).unwrap();
+        for entry in entries.iter().skip(from).take(5000) {
+            assert_eq!(cursor.peek().unwrap(), Some(entry));
+            cursor.advance();
+        }
+    }
+}
+
+#[test]
 fn interior_nodes_say_exactly_which_blobs_their_leaves_use() {
     let nodes = MemoryNodes::default();
     let mut entries = many(30_000);

@@ -64,6 +64,34 @@ fn everything_works(session: &Session, register: &str) {
 }
 
 #[test]
+fn many_small_files_take_few_requests_to_look_through() {
+    let session = Session::new();
+    let source = session.dir.path().join("many");
+    for folder in 0..40 {
+        let folder = source.join(format!("a folder whose name fills the tree {folder}"));
+        fs::create_dir_all(&folder).unwrap();
+        for file in 0..1000 {
+            fs::write(folder.join(format!("file {file}")), format!("{file} ").repeat(20)).unwrap();
+        }
+    }
+    let text = source.to_str().unwrap();
+    session.run(&["init"]);
+    session.run(&["backup", text]);
+    let target = session.dir.path().join("restored");
+    for command in [
+        &["backup", text][..],
+        &["restore", "latest", "--target", target.to_str().unwrap()],
+        &["check"],
+    ] {
+        let summary = session.summary(command);
+        let reads = summary["requests"]["read"].as_u64().unwrap();
+        // The tree has more than a hundred leaves.
+        assert!((3..50).contains(&reads), "{command:?} read {reads} times: {summary}");
+    }
+    assert_same(&source, &target);
+}
+
+#[test]
 fn a_repository_that_relies_on_the_condition_is_not_written_where_it_is_ignored() {
     let session = Session::new();
     let source = session.source();

@@ -63,6 +63,8 @@ pub struct ReadCost {
     pub gap_bytes: u32,
     /// A read of so many bytes is long enough for its fixed cost not to matter.
     pub read_bytes: u32,
+    /// So many reads at once keep the way to the store full, however few processors there are.
+    pub parallel: usize,
 }
 
 /// A flat store of objects.
@@ -158,7 +160,7 @@ pub trait ObjectStore: Send + Sync {
 
     /// What reads cost. The default fits a folder.
     fn read_cost(&self) -> ReadCost {
-        ReadCost { gap_bytes: 256 << 10, read_bytes: 4 << 20 }
+        ReadCost { gap_bytes: 256 << 10, read_bytes: 4 << 20, parallel: 1 }
     }
 
     /// Requests and bytes so far, where they are billed; `None` for a folder.

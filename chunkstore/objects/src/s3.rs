@@ -924,7 +924,7 @@ impl ObjectStore for S3Store {
     }
 
     fn read_cost(&self) -> ReadCost {
-        ReadCost { gap_bytes: 1 << 20, read_bytes: 8 << 20 }
+        ReadCost { gap_bytes: 1 << 20, read_bytes: 8 << 20, parallel: 8 }
     }
 
     fn traffic(&self) -> Option<Traffic> {

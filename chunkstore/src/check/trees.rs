@@ -9,15 +9,15 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use super::finding::{Affected, Finding, FindingKind, Severity};
 use super::packs::Trace;
 use super::{Damage, FILES_NAMED};
-use crate::error::{Error, ErrorKind, Result, chain};
+use crate::error::{Error, ErrorKind, chain};
 use crate::id::{PackId, SnapshotId};
 use crate::limits::TREE_LEVELS_MAX;
 use crate::pack::{Location, PackClass, ReadScratch};
 use crate::record::Snapshot;
 use crate::repository::Repository;
 use crate::tree::{
-    BlobRef, Body, ChildRef, Entry, Interior, Kind, Leaf, Liveness, NodeRef, NodeSource,
-    decode_interior, decode_leaf,
+    BlobRef, Body, ChildRef, Entry, Kind, Leaf, Liveness, NodeRef, ReadAhead, load_interior,
+    load_leaf,
 };
 
 /// Half an id: names a node as surely as the index names blobs.
@@ -28,21 +28,6 @@ type Uses = Box<[(PackId, u128)]>;
 
 fn key(node: &NodeRef) -> Key {
     *node.id.0.first_chunk().expect("32 is more than 16")
-}
-
-fn load_interior(repository: &Repository, node: &NodeRef, level: u8) -> Result<Interior> {
-    let damaged = |why: &str| Error::corrupt(format!("tree node {}", node.id.short()), why);
-    let interior =
-        decode_interior(&repository.load_node(node)?).map_err(|error| damaged(error.0))?;
-    if interior.level != level {
-        return Err(damaged("it is on another level than its parent says"));
-    }
-    Ok(interior)
-}
-
-fn load_leaf(repository: &Repository, node: &NodeRef) -> Result<Leaf> {
-    decode_leaf(&repository.load_node(node)?)
-        .map_err(|error| Error::corrupt(format!("tree node {}", node.id.short()), error))
 }
 
 /// What leads to a node: what its parent says about it, and the first key behind it.
@@ -78,7 +63,7 @@ impl<'a> Walk<'a> {
         let place = Place { node: snapshot.root, child: None, upper: None };
         self.use_node(&place.node);
         if snapshot.level == 0 {
-            self.leaf(&place);
+            self.leaf(&place, &mut ReadAhead::default(), std::iter::empty());
         } else if snapshot.level <= TREE_LEVELS_MAX {
             self.interior(&place, snapshot.level);
         } else {
@@ -104,6 +89,7 @@ impl<'a> Walk<'a> {
             self.compare(place, &first.first_key, &last.first_key, entries, bytes);
         }
         let mut union = Some(Liveness::default());
+        let mut ahead = ReadAhead::default();
         for (at, child) in node.children.iter().enumerate() {
             self.use_node(&child.node);
             let upper = node.children.get(at + 1).map(|next| &next.first_key[..]).or(place.upper);
@@ -112,7 +98,8 @@ impl<'a> Walk<'a> {
                 self.interior(&place, level - 1);
                 continue;
             }
-            match (self.leaf(&place), &mut union) {
+            let following = node.children[at + 1..].iter().map(|child| child.node);
+            match (self.leaf(&place, &mut ahead, following), &mut union) {
                 (Some(uses), Some(union)) => {
                     uses.iter().for_each(|(pack, blobs)| {
                         *union.0.entry(*pack).or_default() |= blobs;
@@ -130,13 +117,19 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// What the leaf uses, unless it cannot be read.
-    fn leaf(&mut self, place: &Place<'_>) -> Option<Uses> {
+    /// What the leaf uses, unless it cannot be read; `following` are those that come after it.
+    fn leaf(
+        &mut self,
+        place: &Place<'_>,
+        ahead: &mut ReadAhead,
+        following: impl Iterator<Item = NodeRef>,
+    ) -> Option<Uses> {
         if let Some(known) = self.leaves.get(&key(&place.node)) {
             return known.clone();
         }
         self.nodes += 1;
-        let uses = match load_leaf(self.repository, &place.node) {
+        let following = following.filter(|node| !self.leaves.contains_key(&key(node)));
+        let uses = match ahead.leaf(self.repository, &place.node, following) {
             Ok(leaf) => Some(self.entries(place, &leaf)),
             Err(error) => {
                 self.unreadable(&place.node, &error);

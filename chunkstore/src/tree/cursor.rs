@@ -1,5 +1,6 @@
 //! Reads a tree in order: a leaf at a time, from any key on.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::entry::Entry;
@@ -14,22 +15,89 @@ pub trait NodeSource {
     /// # Errors
     /// `NotFound` or `Corrupt` when it cannot be had; those of the store.
     fn load_node(&self, node: &NodeRef) -> Result<Vec<u8>>;
+
+    /// The first few of `nodes`, as [`load_node`](Self::load_node) gives them: at least one, and as
+    /// many as can be had together for less.
+    fn load_nodes(&self, nodes: &[NodeRef]) -> Vec<Result<Vec<u8>>> {
+        nodes.iter().take(1).map(|node| self.load_node(node)).collect()
+    }
+}
+
+/// Loads nodes that are wanted one after the other, and those that follow with them: on a store that
+/// is far away, a request takes longer than all else. Memory: what [`NodeSource::load_nodes`] gives
+/// at a time.
+#[derive(Default)]
+pub(crate) struct ReadAhead {
+    loaded: VecDeque<(NodeRef, Result<Vec<u8>>)>,
+    /// Nodes asked for at a time: the more, the longer all that were loaded are wanted.
+    ahead: usize,
+}
+
+impl ReadAhead {
+    /// Most nodes asked for at a time.
+    const MAX: usize = 64;
+
+    /// Loads `node`; `following` are those that will likely be wanted after it.
+    fn load(
+        &mut self,
+        source: &dyn NodeSource,
+        node: &NodeRef,
+        following: impl Iterator<Item = NodeRef>,
+    ) -> Result<Vec<u8>> {
+        match self.loaded.pop_front() {
+            Some((loaded, plain)) if loaded == *node => return plain,
+            Some(_) => self.ahead = 0,
+            None => {}
+        }
+        let nodes: Vec<NodeRef> =
+            std::iter::once(*node).chain(following.take(self.ahead)).collect();
+        self.ahead = (4 * self.ahead + 3).min(Self::MAX - 1);
+        self.loaded = nodes.iter().copied().zip(source.load_nodes(&nodes)).collect();
+        match self.loaded.pop_front() {
+            Some((_, plain)) => plain,
+            None => source.load_node(node),
+        }
+    }
+
+    pub(crate) fn interior(
+        &mut self,
+        source: &dyn NodeSource,
+        node: &NodeRef,
+        level: u8,
+        following: impl Iterator<Item = NodeRef>,
+    ) -> Result<Interior> {
+        let plain = self.load(source, node, following)?;
+        let interior = decode_interior(&plain).map_err(|why| damaged(node, why))?;
+        if interior.level != level {
+            return Err(damaged(node, "it is on another level than its parent says"));
+        }
+        Ok(interior)
+    }
+
+    pub(crate) fn leaf(
+        &mut self,
+        source: &dyn NodeSource,
+        node: &NodeRef,
+        following: impl Iterator<Item = NodeRef>,
+    ) -> Result<Leaf> {
+        decode_leaf(&self.load(source, node, following)?).map_err(|why| damaged(node, why))
+    }
 }
 
 fn damaged(node: &NodeRef, why: impl std::fmt::Display) -> Error {
     Error::corrupt(format!("tree node {}", node.id.short()), why)
 }
 
-fn load_interior(source: &dyn NodeSource, node: &NodeRef, level: u8) -> Result<Interior> {
-    let interior = decode_interior(&source.load_node(node)?).map_err(|why| damaged(node, why))?;
-    if interior.level != level {
-        return Err(damaged(node, "it is on another level than its parent says"));
-    }
-    Ok(interior)
+pub(crate) fn load_interior(
+    source: &dyn NodeSource,
+    node: &NodeRef,
+    level: u8,
+) -> Result<Interior> {
+    ReadAhead::default().interior(source, node, level, std::iter::empty())
 }
 
-fn load_leaf(source: &dyn NodeSource, node: &NodeRef) -> Result<Leaf> {
-    decode_leaf(&source.load_node(node)?).map_err(|why| damaged(node, why))
+pub(crate) fn load_leaf(source: &dyn NodeSource, node: &NodeRef) -> Result<Leaf> {
+    ReadAhead::default().leaf(source, node, std::iter::empty())
 }
 
 /// A leaf met by a cursor.
@@ -43,13 +111,14 @@ pub struct LeafAt {
     pub is_last: bool,
 }
 
-/// Reads the leaves of a tree in order. Memory: one interior node a level.
+/// Reads the leaves of a tree in order. Memory: one interior node a level, and [`ReadAhead`].
 pub struct TreeCursor<'a> {
     source: &'a dyn NodeSource,
     root: NodeRef,
     level: u8,
     /// Interior nodes from the root down, each with the number of its next child.
     path: Vec<(Interior, usize)>,
+    leaves: ReadAhead,
     state: State,
 }
 
@@ -63,7 +132,14 @@ enum State {
 impl<'a> TreeCursor<'a> {
     /// A cursor before the first leaf of the tree with this root, of which `level` is the height.
     pub fn new(source: &'a dyn NodeSource, root: NodeRef, level: u8) -> Self {
-        Self { source, root, level, path: Vec::new(), state: State::Start }
+        Self {
+            source,
+            root,
+            level,
+            path: Vec::new(),
+            leaves: ReadAhead::default(),
+            state: State::Start,
+        }
     }
 
     /// Moves the cursor before the leaf that holds the first key not below `key`.
@@ -115,7 +191,9 @@ impl<'a> TreeCursor<'a> {
             return Ok(None);
         };
         let is_last = self.path.iter().all(|(node, next)| *next == node.children.len());
-        let leaf = load_leaf(self.source, &child.node)?;
+        let siblings = self.path.last().map_or(&[][..], |(node, next)| &node.children[*next..]);
+        let following = siblings.iter().map(|child| child.node);
+        let leaf = self.leaves.leaf(self.source, &child.node, following)?;
         if leaf.entries.first().map(|entry| &entry.key) != Some(&child.first_key) {
             return Err(damaged(&child.node, "it begins with another key than its parent says"));
         }
@@ -218,8 +296,7 @@ impl<'a> EntryCursor<'a> {
     }
 }
 
-/// Calls `interior` for every interior node, and `leaf` for the reference to every leaf, that
-/// `visit` lets in; `visit` is asked for each interior node before it is read, so that nodes shared by
+/// Calls `interior` for every interior node that `visit` lets in, level by level from the root down; `visit` is asked for each interior node before it is read, so that nodes shared by
 /// many trees can be read once.
 ///
 /// # Errors
@@ -234,16 +311,20 @@ pub fn for_each_node(
     if check_level(&root, level)? == 0 {
         return Ok(());
     }
-    let mut pending = vec![(root, level)];
-    while let Some((node, level)) = pending.pop() {
-        if !visit(&node) {
-            continue;
+    let mut nodes = vec![root];
+    for level in (1..=level).rev() {
+        nodes.retain(&mut *visit);
+        let mut below = Vec::new();
+        let mut ahead = ReadAhead::default();
+        for (at, node) in nodes.iter().enumerate() {
+            let following = nodes[at + 1..].iter().copied();
+            let decoded = ahead.interior(source, node, level, following)?;
+            interior(node, &decoded)?;
+            if level > 1 {
+                below.extend(decoded.children.iter().map(|child| child.node));
+            }
         }
-        let decoded = load_interior(source, &node, level)?;
-        interior(&node, &decoded)?;
-        if level > 1 {
-            pending.extend(decoded.children.iter().map(|child| (child.node, level - 1)));
-        }
+        nodes = below;
     }
     Ok(())
 }

@@ -141,7 +141,8 @@ impl Window {
         if let Some(multi) = self.multi(piece.item) {
             multi.remaining.fetch_add(1, Ordering::Relaxed);
         }
-        self.wants.push(Want { blob, purpose: self.pieces.len() as u32 });
+        let purpose = self.pieces.len() as u32;
+        self.wants.push(Want { place: blob.location, id: blob.id, purpose });
         self.pieces.push(piece);
         self.bytes += PIECE_BYTES;
         if verify {

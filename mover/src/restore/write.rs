@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use chunkstore::fetch::{Want, fetch};
+use chunkstore::pack::PackClass;
 use chunkstore::tree::Content;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -56,7 +57,7 @@ impl<'a> Executor<'a> {
     pub(super) fn run(&self, wants: Vec<Want>) {
         self.make_immediate();
         let (repository, threads) = (self.shared.repository, self.shared.options.threads);
-        fetch(repository, wants, threads, &|plain, wants| {
+        fetch(repository, PackClass::Data, wants, threads, &|plain, wants| {
             match plain {
                 Ok(plain) => self.deliver(plain, wants),
                 Err(error) => {
