@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use benches::{data, machine, repo};
 use chunkstore::chunker::ChunkerConfig;
+use chunkstore::codec::compress::Level;
 use criterion::{Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
 use objects::ObjectStore;
 use objects::testing::server::{TestServer, fresh};
@@ -20,12 +21,12 @@ use objects::testing::server::{TestServer, fresh};
 const OBJECT: usize = 40 << 20;
 const OBJECTS: u64 = 25;
 
-/// Calls `each` with the numbers of all objects, from so many threads as uploads of a backup have.
-fn parallel(each: &(dyn Fn(u64) + Sync)) -> Duration {
+/// Calls `each` with the numbers of all objects, from so many threads.
+fn parallel(threads: usize, each: &(dyn Fn(u64) + Sync)) -> Duration {
     let next = AtomicU64::new(0);
     let begun = Instant::now();
     std::thread::scope(|scope| {
-        for _ in 0..2 {
+        for _ in 0..threads {
             scope.spawn(|| {
                 loop {
                     let number = next.fetch_add(1, Ordering::Relaxed);
@@ -57,12 +58,15 @@ fn bucket(c: &mut Criterion) {
     group.warm_up_time(Duration::from_millis(1));
     group.throughput(Throughput::Bytes(bytes.len() as u64));
     let plain = server.store(&fresh("plain"));
+    // As many at once as a backup stores and a restore fetches.
+    let uploads = repo::resources().writer(Level::default()).uploads;
+    let fetches = repo::resources().fetch_threads(plain.read_cost());
     let name = |number: u64| format!("packs/{number:032}");
     group.bench_function("plain PUT", |b| {
         b.iter_custom(|times| {
             let put = |_| {
                 (0..OBJECTS).for_each(|number| plain.delete(&name(number)).expect("it can go"));
-                parallel(&|number| {
+                parallel(uploads, &|number| {
                     let from = number as usize * OBJECT;
                     let part = IoSlice::new(&bytes[from..from + OBJECT]);
                     let _new = plain.create(&name(number), &[part]).expect("the server works");
@@ -88,7 +92,7 @@ fn bucket(c: &mut Criterion) {
     group.bench_function("plain GET", |b| {
         b.iter_custom(|times| {
             let get = |_| {
-                parallel(&|number| {
+                parallel(fetches, &|number| {
                     plain.read(&name(number), OBJECT as u64).expect("the server works");
                 })
             };

@@ -146,7 +146,7 @@ pub fn get_back(repository: &Repository, target: &Path) -> RestoreSummary {
         opened: None,
         filter: None,
         options: RestoreOptions {
-            threads: resources.workers.max(2),
+            threads: resources.fetch_threads(repository.store().read_cost()),
             window_bytes: resources.window_bytes(),
             ..RestoreOptions::default()
         },

@@ -317,7 +317,7 @@ impl Task<'_> {
             filter: None,
             options: RestoreOptions {
                 overwrite: Overwrite::Always,
-                threads: self.config.each.workers.max(2),
+                threads: self.config.each.fetch_threads(repository.store().read_cost()),
                 window_bytes: self.config.each.window_bytes(),
                 scratch: self.config.given.scratch.clone(),
                 ..RestoreOptions::default()

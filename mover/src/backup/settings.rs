@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use chunkstore::codec::compress::Level;
+use chunkstore::fetch::READ_BYTES;
 use chunkstore::limits::{
     CHUNK_BYTES_MAX, PACK_BYTES_MAX, PACK_TARGET_BYTES_MAX, PACK_TARGET_BYTES_MIN,
 };
 use chunkstore::writer::WriterSettings;
+use objects::ReadCost;
 
 /// Least memory the program accepts.
 pub const MEMORY_BYTES_MIN: u64 = 96 << 20;
@@ -23,6 +25,9 @@ const FIXED_BYTES: u64 = PROGRAM_BYTES + JOB_BYTES;
 
 /// What one worker takes.
 const WORKER_BYTES: u64 = 8 << 20;
+
+/// What a thread takes that fetches blobs: one read, one plaintext, and what its connection holds.
+const FETCH_BYTES: u64 = READ_BYTES as u64 + CHUNK_BYTES_MAX as u64 + (2 << 20);
 
 /// Memory and threads of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,6 +122,14 @@ impl Resources {
         (packs as usize).clamp(1, self.workers.max(2))
     }
 
+    /// Threads that fetch blobs of a store where reads cost so much: on one that is far away, more than
+    /// there are processors.
+    pub fn fetch_threads(&self, cost: ReadCost) -> usize {
+        let used = FIXED_BYTES + (self.window_bytes() + self.filter_bytes()) as u64;
+        let fitting = self.memory_bytes.saturating_sub(used) / FETCH_BYTES;
+        self.workers.max(2).max(cost.parallel.min(fitting as usize))
+    }
+
     /// Bytes of what a restore wants at one time.
     pub fn window_bytes(&self) -> usize {
         (self.memory_bytes / 8) as usize
@@ -145,6 +158,22 @@ mod tests {
                 let largest = resources.pack_target_bytes == PACK_TARGET_BYTES_MAX;
                 assert!(largest || mib < 256 || cpus > 2, "{mib} MiB, {cpus} cpus: {resources:?}");
             }
+        }
+    }
+
+    #[test]
+    fn what_is_far_away_is_fetched_by_as_many_threads_as_fit() {
+        let (near, far) = (1, 8);
+        for (mib, cpus, parallel, expected) in [
+            (96, 2, near, 2),
+            (96, 2, far, 5),
+            (128, 2, far, 8),
+            (1024, 16, near, 16),
+            (1024, 16, far, 16),
+        ] {
+            let cost = ReadCost { gap_bytes: 0, read_bytes: 0, parallel };
+            let threads = Resources::new(mib << 20, cpus).fetch_threads(cost);
+            assert_eq!(threads, expected, "{mib} MiB, {cpus} cpus, {parallel} reads at once");
         }
     }
 

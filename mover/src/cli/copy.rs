@@ -59,7 +59,7 @@ pub(super) fn run(
     );
     let settings = CopySettings {
         writer: resources.writer(Level::default()),
-        threads: resources.workers.max(2),
+        threads: resources.fetch_threads(from.store().read_cost()),
         machine,
         cancelled: cancelled.clone(),
     };

@@ -63,7 +63,7 @@ pub(super) fn run(
             dry_run: args.dry_run,
             owner: !args.no_owner,
             sync: args.sync,
-            threads: resources.workers.max(2),
+            threads: resources.fetch_threads(repository.store().read_cost()),
             window_bytes: resources.window_bytes(),
             scratch: secret::scratch(),
         },
