@@ -341,6 +341,8 @@ fn what_goes_wrong_is_told_by_its_kind_and_without_secrets() {
         job
     };
     let of = |volume: Volume| location.job("x", Work::Backup(backup(&volume)));
+    // A newer controller may know more.
+    controller.send_unknown();
     expect(plain(), FailureKind::NoRepository, "there is no repository");
     controller.run(&location.create());
     let gone = Volume { pod_uid: "gone".to_owned(), ..volume.clone() };

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use prost::Message;
 use prost_types::{DescriptorProto, FileDescriptorSet};
+use proto::v1::{FromAgent, FromController, Hello, Job};
 
 /// Every part of the protocol by its full name, with what must not change about it.
 fn parts(set: &FileDescriptorSet) -> BTreeMap<String, String> {
@@ -73,4 +74,19 @@ fn nothing_that_was_said_once_changes_its_meaning() {
         "the protocol has grown: record it by running this test with EBACKUP_BLESS=1"
     );
     std::fs::write(path, now).unwrap();
+}
+
+#[test]
+fn what_a_newer_version_adds_is_passed_over() {
+    // Field 999 with three bytes.
+    let added = [0xba, 0x3e, 3, b'n', b'e', b'w'];
+    assert_eq!(FromController::decode(&added[..]).unwrap().message, None);
+    assert_eq!(FromAgent::decode(&added[..]).unwrap().message, None);
+    let hello = Hello { node: "a".to_owned(), capacity: 3, ..Default::default() };
+    let newer = [&hello.encode_to_vec()[..], &added].concat();
+    assert_eq!(Hello::decode(&newer[..]).unwrap(), hello);
+    // Work of a new kind is a job without work, which an agent refuses.
+    let job = Job { id: "j".to_owned(), ..Default::default() };
+    let newer = [&job.encode_to_vec()[..], &added].concat();
+    assert_eq!(Job::decode(&newer[..]).unwrap(), job);
 }

@@ -216,6 +216,23 @@ async fn what_is_said_goes_both_ways() {
 }
 
 #[tokio::test]
+async fn what_a_newer_agent_says_is_passed_over() {
+    let mut served = Served::start(Times::default()).await;
+    let newer = Hello {
+        node: "a".to_owned(),
+        version: "99.0.0".to_owned(),
+        capabilities: vec!["what-comes-next".to_owned()],
+        ..Default::default()
+    };
+    let agent = served.dial(Some("a"), Some(Said::Hello(newer))).await.unwrap();
+    assert!(matches!(served.event().await, Event::Connected { .. }));
+    // What a message that is not known here comes as.
+    agent.say.send(FromAgent { message: None }).await.unwrap();
+    agent.say(Said::Finished(finished("j"))).await;
+    assert!(matches!(served.event().await, Event::Finished { .. }));
+}
+
+#[tokio::test]
 async fn a_newer_stream_ends_the_older_one_and_nothing_is_lost() {
     let mut served = Served::start(Times::default()).await;
     let old = served.join("a").await;

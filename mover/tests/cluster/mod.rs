@@ -223,6 +223,13 @@ impl Controller {
         outgoing.blocking_send(Ok(FromController { message: Some(message) })).unwrap();
     }
 
+    /// Sends what a message comes as that the agent does not know.
+    #[track_caller]
+    pub fn send_unknown(&self) {
+        let outgoing = self.double.lock().outgoing.clone().unwrap();
+        outgoing.blocking_send(Ok(FromController { message: None })).unwrap();
+    }
+
     #[track_caller]
     pub fn assign(&self, job: &Job) {
         self.send(Message::Assign(Assign { job: Some(job.clone()) }));
