@@ -286,7 +286,7 @@ async fn a_lost_agent_holds_nobody_up_and_its_jobs_fail() {
     let lost = fleet.join(&dispatcher, "n1").await;
     let _other = fleet.join(&dispatcher, "n2").await;
     let (pod, other) = (world.pod("p1", "n1").await, world.pod("p2", "n2").await);
-    world.backup("first", "backup", &pod).await;
+    let uid = world.backup("first", "backup", &pod).await.uid().unwrap();
     world.until_phase("first", PodVolumePhase::InProgress).await;
     world.backup("second", "backup", &other).await;
     lost.leave_with_jobs(&fleet).await;
@@ -294,6 +294,14 @@ async fn a_lost_agent_holds_nobody_up_and_its_jobs_fail() {
     let message = failed.status.unwrap().message.unwrap();
     assert!(message.contains("agent of node 'n1'"), "{message}");
     world.until_phase("second", PodVolumePhase::InProgress).await;
+    // What it has saved after all is named, so that it can be forgotten.
+    let back = fleet.join(&dispatcher, "n1").await;
+    back.say_finished(saved(&uid)).await;
+    fleet.until("that it is recorded", |seen| seen.recorded.contains(&uid)).await;
+    let late = world.api::<PodVolumeBackup>().get("first").await.unwrap().status.unwrap();
+    assert_eq!(late.phase, PodVolumePhase::Failed);
+    assert!(late.snapshot_id.is_some(), "{late:?}");
+    assert!(late.message.unwrap().contains("after all"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -158,11 +158,13 @@ const NOT_WAITED: &str =
 /// Decides.
 pub fn next(job: &Job, facts: &Facts, now: Timestamp) -> Option<Action> {
     let phase = job.object.phase();
-    if phase.is_final() {
-        return job.outcome.is_some().then_some(Action::Record);
-    }
     if job.writing {
         return None;
+    }
+    if phase.is_final() {
+        let unnamed = job.object.unnamed_snapshot(job.outcome.as_ref()?);
+        let late = |snapshot: &str| Action::Write(Update::SavedAfterAll(snapshot.to_owned()));
+        return Some(unnamed.map_or(Action::Record, late));
     }
     if phase == PodVolumePhase::New {
         return before(job, facts, now);

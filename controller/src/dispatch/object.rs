@@ -152,6 +152,17 @@ impl Object {
         either!(self, object => &object.spec.backup_storage_location)
     }
 
+    /// The snapshot that was made for it and that its status does not name.
+    pub fn unnamed_snapshot<'a>(&self, finished: &'a Finished) -> Option<&'a str> {
+        match (self, &finished.outcome) {
+            (Self::Backup(object), Some(Outcome::Saved(saved))) => {
+                let named = object.status.as_ref().and_then(|status| status.snapshot_id.as_ref());
+                named.is_none().then_some(&saved.snapshot)
+            }
+            _ => None,
+        }
+    }
+
     /// Whether it is to end: somebody says so, or deletes it, which another's finalizer may hold up.
     pub fn is_cancelled(&self) -> bool {
         either!(self, object => object.spec.cancel == Some(true)
@@ -188,6 +199,8 @@ pub enum Update {
     Finish(Box<Finished>),
     /// It was done by an agent that could not say so any more.
     FoundDone,
+    /// It had ended otherwise when its agent said that it has made this snapshot.
+    SavedAfterAll(String),
 }
 
 impl Update {
@@ -196,7 +209,11 @@ impl Update {
     pub fn needs_version(&self) -> bool {
         match self {
             Self::Note(_) | Self::Accept(_) | Self::Progress { .. } | Self::Canceling => true,
-            Self::Canceled(_) | Self::Fail(_) | Self::Finish(_) | Self::FoundDone => false,
+            Self::Canceled(_)
+            | Self::Fail(_)
+            | Self::Finish(_)
+            | Self::FoundDone
+            | Self::SavedAfterAll(_) => false,
         }
     }
 }
@@ -253,6 +270,15 @@ pub fn patch(object: &Object, update: &Update, now: Timestamp) -> Value {
         Update::Canceled(message) => ended("Canceled", message),
         Update::Fail(message) => ended("Failed", message),
         Update::FoundDone => ended("Completed", "done before the controller could note it"),
+        // Whoever deletes the object learns what to forget.
+        Update::SavedAfterAll(snapshot) => {
+            let after_all = format!("it was saved after all, as snapshot {snapshot}");
+            let parts = [object.message(), Some(&after_all)];
+            json!({
+                "snapshotID": snapshot,
+                "message": parts.into_iter().flatten().collect::<Vec<_>>().join("; "),
+            })
+        }
         Update::Finish(finished) => {
             let mut status = outcome(finished, &now);
             if !object.has_started() {
@@ -326,6 +352,28 @@ mod tests {
         let failed = failure(FailureKind::Full);
         assert_eq!((&failed["phase"], &failed["message"]), (&json!("Failed"), &json!("why")));
         assert_eq!(status(Finished::default())["phase"], "Failed");
+    }
+
+    #[test]
+    fn a_snapshot_that_was_made_after_all_is_named() {
+        let status = crate::api::PodVolumeBackupStatus {
+            phase: PodVolumePhase::Failed,
+            message: Some("the agent went away".to_owned()),
+            ..Default::default()
+        };
+        let mut backup = PodVolumeBackup { status: Some(status), ..Default::default() };
+        let saved = Saved { snapshot: "s".into(), ..Default::default() };
+        let finished = Finished { outcome: Some(Outcome::Saved(saved)), ..Default::default() };
+        let object = Object::from(backup.clone());
+        let snapshot = object.unnamed_snapshot(&finished).unwrap();
+        let status =
+            patch(&object, &Update::SavedAfterAll(snapshot.to_owned()), Timestamp::UNIX_EPOCH);
+        assert_eq!(status["snapshotID"], "s");
+        assert_eq!(status["message"], "the agent went away; it was saved after all, as snapshot s");
+        assert_eq!(status.get("phase"), None, "what was told to be failed stays so");
+        backup.status.as_mut().unwrap().snapshot_id = Some("s".to_owned());
+        assert_eq!(Object::from(backup).unnamed_snapshot(&finished), None);
+        assert_eq!(object.unnamed_snapshot(&Finished::default()), None);
     }
 
     #[test]
