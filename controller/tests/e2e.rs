@@ -232,6 +232,25 @@ fn the_passphrase_that_was_kept_is_enough_for_another_cluster() {
         cluster.exec(&namespace, "after", FINGERPRINT),
         cluster.exec(&namespace, "source", FINGERPRINT)
     );
+
+    // And it can be changed.
+    cluster.apply(&json!({
+        "apiVersion": "v1", "kind": "Secret",
+        "metadata": {
+            "name": "ebackup-repository-default", "namespace": NAMESPACE,
+            "annotations": { "ebackup.io/key-exported": "true" },
+        },
+        "stringData": { "passphrase": "the-new-one" },
+        "data": { "previous-passphrase": passphrase },
+    }));
+    wait("the event that the passphrase is changed", || {
+        let text = cluster.kubectl(&["-n", NAMESPACE, "get", "events", "-o", "json"]);
+        text.contains("PassphraseChanged").then_some(())
+    });
+    cluster.wait_for_phase("backupstoragelocation", NAMESPACE, "default", "Available");
+    let again = cluster.namespace("changed");
+    let pod = cluster.pod(&again, "source", &fill(30), &|_| {});
+    cluster.save(&again, &pod);
 }
 
 /// A pod with volumes `v0`, `v1` and so on, of 30 MB of noise each.

@@ -523,6 +523,14 @@ impl World {
                 }
                 _ => tracing::info!(location = name, job, "a job for the repository is done"),
             }
+            if let Some(Outcome::Opened(opened)) = &finished.outcome
+                && opened.keys_removed > 0
+                && let Some(location) = self.locations.get(&name)
+            {
+                let done = "the repository opens with the new passphrase, and no longer with the former one: \
+                            'previous-passphrase' can be removed from the Secret";
+                self.events.tell(&location.object, Tone::Normal, "PassphraseChanged", done, now);
+            }
             self.write_repository(&name, &status);
         }
     }

@@ -215,24 +215,27 @@ pub(super) fn open_or_create(
     };
     opened.verify_register().map_err(|error| in_repository(&error))?;
     let id = opened.keys().repository;
+    let mut keys_removed = 0;
     if let Some(previous) = previous {
-        let removed = || -> chunkstore::Result<()> {
+        let mut remove = || -> chunkstore::Result<()> {
             for slot in key_slot::opened_by(&**objects, id, &previous)? {
                 match key_slot::remove(&**objects, slot) {
                     // Another agent does the same.
                     Err(error) if error.kind() == ErrorKind::NotFound => {}
                     removed => removed?,
                 }
+                keys_removed += 1;
             }
             Ok(())
         };
-        removed().map_err(|error| in_repository(&error))?;
+        remove().map_err(|error| in_repository(&error))?;
     }
     let register = match opened.register() {
         Register::CreateIfAbsent => "create-if-absent",
         Register::TimeFenced => "time-fenced",
     };
-    Ok(Opened { repository_id: id.to_string(), created, register: register.to_owned() })
+    let repository_id = id.to_string();
+    Ok(Opened { repository_id, created, register: register.to_owned(), keys_removed })
 }
 
 fn create(
