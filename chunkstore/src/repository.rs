@@ -1,5 +1,6 @@
 //! A repository: an object store, its keys, and what is fixed about it.
 
+use std::collections::HashSet;
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
@@ -331,6 +332,30 @@ impl Repository {
         }
     }
 
+    /// The verdicts on `ids`, in their order; read several at once where the store is far away.
+    pub fn verdicts(&self, ids: &[SnapshotId]) -> Vec<Result<Option<Verdict>>> {
+        let threads = self.store.read_cost().parallel.min(ids.len());
+        if threads <= 1 {
+            return ids.iter().map(|id| self.verdict(*id)).collect();
+        }
+        let verdicts: Vec<OnceLock<_>> = ids.iter().map(|_| OnceLock::new()).collect();
+        let next = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|| {
+                    while let Some((id, verdict)) = {
+                        let at = next.fetch_add(1, Ordering::Relaxed);
+                        ids.get(at).zip(verdicts.get(at))
+                    } {
+                        let _once = verdict.set(self.verdict(*id));
+                    }
+                });
+            }
+        });
+        let unread = || Err(Error::new(ErrorKind::Store, "the snapshot was not read"));
+        verdicts.into_iter().map(|verdict| verdict.into_inner().unwrap_or_else(unread)).collect()
+    }
+
     /// Reads one snapshot.
     ///
     /// # Errors
@@ -352,30 +377,65 @@ impl Repository {
         }
     }
 
+    /// The newest snapshot that is `wanted`. Those stored last are read first, and older ones only while
+    /// there is none among them.
+    ///
+    /// # Errors
+    /// Those of the store. Damaged snapshots are passed over.
+    pub fn newest_snapshot(
+        &self,
+        wanted: &dyn Fn(&Snapshot) -> bool,
+    ) -> Result<Option<(SnapshotId, Snapshot)>> {
+        let mut stored = Vec::new();
+        self.store.list(record::SNAPSHOTS, &mut |meta| {
+            let id = meta.key[record::SNAPSHOTS.len()..].parse::<SnapshotId>();
+            stored.extend(id.ok().map(|id| (meta.modified, id)));
+            Ok(())
+        })?;
+        let forgotten: HashSet<_> = self.list_ids(record::FORGOTTEN)?.into_iter().collect();
+        stored.retain(|(_, id)| !forgotten.contains(id));
+        stored.sort_unstable_by(|a, b| b.cmp(a));
+        let ids: Vec<SnapshotId> = stored.into_iter().map(|(_, id)| id).collect();
+        let (mut rest, mut batch) = (&ids[..], SNAPSHOTS_FIRST);
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(batch.min(rest.len()));
+            let mut found = Vec::new();
+            for (id, verdict) in now.iter().zip(self.verdicts(now)) {
+                match verdict {
+                    Ok(Some(Verdict::Snapshot(snapshot))) if wanted(&snapshot) => {
+                        found.push((*id, *snapshot));
+                    }
+                    Ok(_) => {}
+                    Err(error) if is_damage(&error) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            let newest = found.into_iter().max_by_key(|(id, snapshot)| (snapshot.started, *id));
+            if newest.is_some() {
+                return Ok(newest);
+            }
+            (rest, batch) = (later, (2 * batch).min(SNAPSHOTS_AT_ONCE));
+        }
+        Ok(None)
+    }
+
     /// Reads all snapshots.
     ///
     /// # Errors
     /// When the folders cannot be listed. Damaged ones are part of the result.
     pub fn list_snapshots(&self) -> Result<SnapshotList> {
         // Snapshots first: one that is forgotten in between is then seen as forgotten.
-        let ids = self.list_ids(record::SNAPSHOTS)?;
-        let forgotten: std::collections::HashSet<_> =
-            self.list_ids(record::FORGOTTEN)?.into_iter().collect();
+        let mut ids = self.list_ids(record::SNAPSHOTS)?;
+        let forgotten: HashSet<_> = self.list_ids(record::FORGOTTEN)?.into_iter().collect();
         let mut list = SnapshotList::default();
-        for id in ids {
-            if forgotten.contains(&id) {
-                list.forgotten.push(id);
-                continue;
-            }
-            match self.verdict(id) {
-                Ok(Some(Verdict::Snapshot(snapshot))) => list.snapshots.push((id, *snapshot)),
-                Ok(Some(Verdict::Fenced { .. })) => list.fenced.push(id),
+        list.forgotten.extend(ids.extract_if(.., |id| forgotten.contains(id)));
+        for (id, verdict) in ids.iter().zip(self.verdicts(&ids)) {
+            match verdict {
+                Ok(Some(Verdict::Snapshot(snapshot))) => list.snapshots.push((*id, *snapshot)),
+                Ok(Some(Verdict::Fenced { .. })) => list.fenced.push(*id),
                 Ok(None) => {}
-                // A flipped bit can also look like a newer format: one object must not hide the rest.
-                Err(error)
-                    if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported) =>
-                {
-                    list.damaged.push((record::snapshot_name(id), error));
+                Err(error) if is_damage(&error) => {
+                    list.damaged.push((record::snapshot_name(*id), error));
                 }
                 Err(error) => return Err(error),
             }
@@ -410,6 +470,11 @@ impl Repository {
         Ok(())
     }
 }
+
+/// Snapshots that are read when the newest of a lineage is looked for: at first, and at once later.
+const SNAPSHOTS_FIRST: usize = 16;
+/// See [`SNAPSHOTS_FIRST`]. Also how many are held when all are gone through.
+pub(crate) const SNAPSHOTS_AT_ONCE: usize = 256;
 
 /// Bytes of tree nodes read ahead, and one node.
 const AHEAD_BYTES: usize = 2 << 20;
@@ -450,6 +515,11 @@ impl NodeSource for Repository {
         });
         loaded.into_iter().map_while(OnceLock::into_inner).collect()
     }
+}
+
+/// Whether it concerns one object. A flipped bit can also look like a newer format.
+fn is_damage(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported)
 }
 
 /// Which register a store is good for.

@@ -218,7 +218,5 @@ fn find_parent(
             Ok(_) | Err(_) => {}
         }
     }
-    let list = repository.list_snapshots()?;
-    let mut snapshots = list.snapshots.into_iter().rev();
-    Ok(snapshots.find(|(_, snapshot)| snapshot.lineage == request.lineage))
+    repository.newest_snapshot(&|snapshot| snapshot.lineage == request.lineage)
 }

@@ -14,7 +14,7 @@ use crate::id::{GenerationId, PackId, SnapshotId};
 use crate::pack::{Location, PackClass};
 use crate::record::{self, Snapshot, Verdict};
 use crate::relocation::Relocations;
-use crate::repository::Repository;
+use crate::repository::{Repository, SNAPSHOTS_AT_ONCE};
 use crate::tree::{NodeRef, TreeCursor, for_each_node};
 
 /// What snapshots use.
@@ -78,11 +78,18 @@ impl Mark {
         let ids = repository.list_ids(record::SNAPSHOTS)?;
         let forgotten: HashSet<_> = repository.list_ids(record::FORGOTTEN)?.into_iter().collect();
         self.forgotten.clear();
+        let mut new = Vec::new();
         for id in ids {
             if forgotten.contains(&id) {
                 self.forgotten.push(id);
             } else if !self.snapshots.contains(&id) && !self.fenced.contains(&id) {
-                self.count(repository, id).map_err(|error| unmarkable(id, error))?;
+                new.push(id);
+            }
+        }
+        for ids in new.chunks(SNAPSHOTS_AT_ONCE) {
+            for (id, verdict) in ids.iter().zip(repository.verdicts(ids)) {
+                let counted = verdict.and_then(|verdict| self.count(repository, *id, verdict));
+                counted.map_err(|error| unmarkable(*id, error))?;
             }
         }
         self.follow_relocations(repository)
@@ -117,8 +124,13 @@ impl Mark {
         }
     }
 
-    fn count(&mut self, repository: &Repository, id: SnapshotId) -> Result<()> {
-        match repository.verdict(id)? {
+    fn count(
+        &mut self,
+        repository: &Repository,
+        id: SnapshotId,
+        verdict: Option<Verdict>,
+    ) -> Result<()> {
+        match verdict {
             Some(Verdict::Snapshot(snapshot)) => {
                 self.count_tree(repository, &snapshot)?;
                 self.snapshots.insert(id);

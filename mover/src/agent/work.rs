@@ -263,10 +263,10 @@ impl Task<'_> {
         repository: &Repository,
         lineage: &str,
     ) -> Result<Option<(SnapshotId, Snapshot)>> {
-        let list = repository.list_snapshots().map_err(|error| in_repository(&error))?;
-        Ok(list.snapshots.into_iter().rev().find(|(_, snapshot)| {
+        let is_its = |snapshot: &Snapshot| {
             snapshot.lineage == lineage && snapshot.tags.get(proto::JOB_TAG) == Some(&self.job.id)
-        }))
+        };
+        repository.newest_snapshot(&is_its).map_err(|error| in_repository(&error))
     }
 
     fn is_empty(&self, folder: &Dir, path: &str) -> Result<bool> {

@@ -159,14 +159,12 @@ fn default_lineage(host: &str, source: &Path) -> String {
 
 /// The size of the previous snapshot is the best guess for this one. Whether there is one.
 fn expect_as_last_time(repository: &Repository, lineage: &str, progress: &Progress) -> bool {
-    let list = repository.list_snapshots().ok();
-    let last = list
-        .as_ref()
-        .and_then(|list| list.snapshots.iter().rfind(|(_, snapshot)| snapshot.lineage == lineage));
-    if let Some((_, last)) = last {
-        progress.expect(last.summary.bytes);
-    }
-    last.is_some()
+    let last = repository.newest_snapshot(&|snapshot| snapshot.lineage == lineage);
+    let Ok(Some((_, last))) = last else {
+        return false;
+    };
+    progress.expect(last.summary.bytes);
+    true
 }
 
 /// Adds up the sizes of all files beside the backup, so that a terminal shows how long a first one
