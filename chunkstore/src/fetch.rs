@@ -12,7 +12,7 @@ use crate::codec::compress::Decompressor;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::BlobId;
 use crate::limits::PACK_BLOBS_MAX;
-use crate::pack::{Location, Pack, PackClass};
+use crate::pack::{Location, Pack, PackClass, ReadScratch};
 use crate::relocation::Relocations;
 use crate::repository::Repository;
 
@@ -39,6 +39,13 @@ pub struct Want {
 struct Placed {
     at: Location,
     want: Want,
+}
+
+impl Placed {
+    /// By what wishes for the same blob are told. A damaged tree may give one place to two of them.
+    fn blob(&self) -> (Location, BlobId) {
+        (self.at, self.want.id)
+    }
 }
 
 /// Fetches every blob of `wants` from packs of `class`, and calls `deliver` for each with its
@@ -72,7 +79,7 @@ impl Fetch<'_> {
     /// Fetches all, and what is missing once more where it was relocated to since. Answers whether to
     /// go on.
     fn run(&mut self, mut placed: Vec<Placed>, threads: usize) -> bool {
-        placed.sort_unstable_by_key(|placed| placed.at);
+        placed.sort_unstable_by_key(Placed::blob);
         let missing = Mutex::new(Vec::new());
         if !self.run_once(&placed, threads, &missing) {
             return false;
@@ -91,7 +98,7 @@ impl Fetch<'_> {
         };
         let known = std::mem::replace(&mut self.relocations, new);
         if Arc::ptr_eq(&known, &self.relocations) {
-            return fail_all(&missing, self.deliver);
+            return self.find_elsewhere(missing);
         }
         let again = missing.into_iter().map(|(Placed { want, .. }, _)| {
             let at = self.relocations.newest(want.place);
@@ -99,6 +106,28 @@ impl Fetch<'_> {
         });
         let again = again.collect();
         self.run(again, threads)
+    }
+
+    /// Looks for what is missing in its newest place in all the others.
+    fn find_elsewhere(&self, mut missing: Vec<(Placed, Error)>) -> bool {
+        let mut scratch = ReadScratch::default();
+        missing.sort_unstable_by_key(|(placed, _)| placed.blob());
+        missing.chunk_by(|(a, _), (b, _)| a.blob() == b.blob()).all(|same| {
+            let wants: Vec<Want> = same.iter().map(|(placed, _)| placed.want).collect();
+            let Some(((placed, error), want)) = same.first().zip(wants.first()) else {
+                return true;
+            };
+            let places = self.relocations.places(want.place);
+            let found = places.into_iter().filter(|at| *at != placed.at).find_map(|at| {
+                let (store, keys) = (self.repository.store(), self.repository.keys());
+                let pack = self.repository.packs(self.class).get(store, keys, at.pack).ok()?;
+                pack.read(store, keys, at.ordinal, &want.id, &mut scratch).ok()
+            });
+            match found {
+                Some(()) => (self.deliver)(Ok(&scratch.plain), &wants),
+                None => (self.deliver)(Err(error.duplicate()), &wants),
+            }
+        })
     }
 
     fn run_once(&self, placed: &[Placed], threads: usize, missing: &Missing) -> bool {
@@ -152,7 +181,7 @@ fn divide(placed: &[Placed], blobs_per_task: usize) -> Vec<&[Placed]> {
             while !rest.is_empty() {
                 let mut blobs = 0;
                 let end = rest.iter().enumerate().position(|(at, placed)| {
-                    let new = at == 0 || rest[at - 1].at != placed.at;
+                    let new = at == 0 || rest[at - 1].blob() != placed.blob();
                     blobs += usize::from(new);
                     blobs > blobs_per_task
                 });
@@ -180,7 +209,7 @@ impl Reader {
             Ok(pack) => pack,
             Err(error) => return fail(&error, task, fetch.deliver, missing),
         };
-        let blobs: Vec<_> = task.chunk_by(|a, b| a.at == b.at).collect();
+        let blobs: Vec<_> = task.chunk_by(|a, b| a.blob() == b.blob()).collect();
         let cost = store.read_cost();
         let mut rest = &blobs[..];
         while !rest.is_empty() {
@@ -263,7 +292,7 @@ fn fail(error: &Error, placed: &[Placed], deliver: &Deliver<'_>, missing: &Missi
 
 /// Delivers the errors, one for each blob.
 fn fail_all(failed: &[(Placed, Error)], deliver: &Deliver<'_>) -> bool {
-    failed.chunk_by(|(a, _), (b, _)| a.at == b.at).all(|failed| {
+    failed.chunk_by(|(a, _), (b, _)| a.blob() == b.blob()).all(|failed| {
         let wants: Vec<Want> = failed.iter().map(|(placed, _)| placed.want).collect();
         failed.first().is_none_or(|(_, error)| deliver(Err(error.duplicate()), &wants))
     })

@@ -476,8 +476,8 @@ const SNAPSHOTS_FIRST: usize = 16;
 /// See [`SNAPSHOTS_FIRST`]. Also how many are held when all are gone through.
 pub(crate) const SNAPSHOTS_AT_ONCE: usize = 256;
 
-/// Bytes of tree nodes read ahead, and one node.
-const AHEAD_BYTES: usize = 2 << 20;
+/// Bytes of tree nodes that are given at once beside the first, however many are asked for.
+const NODES_BYTES: usize = 8 << 20;
 
 impl NodeSource for Repository {
     fn load_node(&self, node: &NodeRef) -> Result<Vec<u8>> {
@@ -507,11 +507,11 @@ impl NodeSource for Repository {
                 };
                 let len = plain.as_ref().map_or(0, Vec::len);
                 // The first is wanted, the others perhaps.
-                if want.purpose == 0 || bytes.fetch_add(len, Ordering::Relaxed) < AHEAD_BYTES {
+                if want.purpose == 0 || bytes.fetch_add(len, Ordering::Relaxed) < NODES_BYTES {
                     let _once = loaded[want.purpose as usize].set(plain);
                 }
             }
-            true
+            loaded[0].get().is_none() || bytes.load(Ordering::Relaxed) < NODES_BYTES
         });
         loaded.into_iter().map_while(OnceLock::into_inner).collect()
     }

@@ -24,14 +24,17 @@ pub trait NodeSource {
 }
 
 /// Loads nodes that are wanted one after the other, and those that follow with them: on a store that
-/// is far away, a request takes longer than all else. Memory: what [`NodeSource::load_nodes`] gives
-/// at a time.
+/// is far away, a request takes longer than all else. Memory: some [`AHEAD_BYTES`].
 #[derive(Default)]
 pub(crate) struct ReadAhead {
-    loaded: VecDeque<(NodeRef, Result<Vec<u8>>)>,
-    /// Nodes asked for at a time: the more, the longer all that were loaded are wanted.
+    loaded: VecDeque<(NodeRef, Vec<u8>)>,
+    /// Further nodes asked for at a time: the more, the longer all that were loaded are wanted, and the
+    /// smaller they are.
     ahead: usize,
 }
+
+/// Bytes of nodes asked for at a time, if they are as large as the largest of those before.
+const AHEAD_BYTES: usize = 2 << 20;
 
 impl ReadAhead {
     /// Most nodes asked for at a time.
@@ -45,18 +48,25 @@ impl ReadAhead {
         following: impl Iterator<Item = NodeRef>,
     ) -> Result<Vec<u8>> {
         match self.loaded.pop_front() {
-            Some((loaded, plain)) if loaded == *node => return plain,
+            Some((loaded, plain)) if loaded == *node => return Ok(plain),
             Some(_) => self.ahead = 0,
             None => {}
         }
         let nodes: Vec<NodeRef> =
             std::iter::once(*node).chain(following.take(self.ahead)).collect();
-        self.ahead = (4 * self.ahead + 3).min(Self::MAX - 1);
-        self.loaded = nodes.iter().copied().zip(source.load_nodes(&nodes)).collect();
-        match self.loaded.pop_front() {
-            Some((_, plain)) => plain,
-            None => source.load_node(node),
-        }
+        let mut plains = source.load_nodes(&nodes).into_iter();
+        let first = plains.next();
+        // What cannot be had is asked for again when it is wanted: others may have failed with it.
+        let rest = nodes[1..].iter().copied().zip(plains);
+        self.loaded = rest.map_while(|(node, plain)| Some((node, plain.ok()?))).collect();
+        let plain = match first {
+            Some(Ok(plain)) => plain,
+            Some(Err(_)) | None => source.load_node(node)?,
+        };
+        let largest =
+            self.loaded.iter().map(|(_, plain)| plain.len()).fold(plain.len(), usize::max);
+        self.ahead = (4 * self.ahead + 3).min(Self::MAX - 1).min(AHEAD_BYTES / largest.max(1));
+        Ok(plain)
     }
 
     pub(crate) fn interior(
@@ -111,7 +121,7 @@ pub struct LeafAt {
     pub is_last: bool,
 }
 
-/// Reads the leaves of a tree in order. Memory: one interior node a level, and [`ReadAhead`].
+/// Reads the leaves of a tree in order. Memory: one interior node a level, and some 2 MiB of leaves read ahead.
 pub struct TreeCursor<'a> {
     source: &'a dyn NodeSource,
     root: NodeRef,

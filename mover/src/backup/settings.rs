@@ -130,6 +130,13 @@ impl Resources {
         self.workers.max(2).max(cost.parallel.min(fitting as usize))
     }
 
+    /// The same for a copy, whose threads store what they have fetched.
+    pub fn copy_threads(&self, cost: ReadCost) -> usize {
+        let left = self.memory_bytes.saturating_sub(FIXED_BYTES + self.shared_bytes());
+        let fitting = left / (FETCH_BYTES + WORKER_BYTES);
+        self.workers.max(2).max(cost.parallel.min(fitting as usize))
+    }
+
     /// Bytes of what a restore wants at one time.
     pub fn window_bytes(&self) -> usize {
         (self.memory_bytes / 8) as usize
@@ -174,6 +181,8 @@ mod tests {
             let cost = ReadCost { gap_bytes: 0, read_bytes: 0, parallel };
             let threads = Resources::new(mib << 20, cpus).fetch_threads(cost);
             assert_eq!(threads, expected, "{mib} MiB, {cpus} cpus, {parallel} reads at once");
+            let copying = Resources::new(mib << 20, cpus).copy_threads(cost);
+            assert!(copying <= threads && (copying == 2 || mib >= 1024), "{mib} MiB: {copying}");
         }
     }
 

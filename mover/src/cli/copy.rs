@@ -59,7 +59,7 @@ pub(super) fn run(
     );
     let settings = CopySettings {
         writer: resources.writer(Level::default()),
-        threads: resources.fetch_threads(from.store().read_cost()),
+        threads: resources.copy_threads(from.store().read_cost()),
         machine,
         cancelled: cancelled.clone(),
     };
