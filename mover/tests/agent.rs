@@ -1,8 +1,11 @@
 //! The agent as the controller sees it: the real program on a folder like the kubelet's, over TLS, with
 //! repositories on a real S3 server.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod cluster;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::Command;
@@ -11,6 +14,8 @@ use std::time::{Duration, Instant};
 use cluster::*;
 use mover::monitor::Silent;
 use mover::restore::{Request, RestoreOptions, restore};
+use objects::testing::proxy::{Fault, Proxy};
+use objects::testing::server::TestServer;
 use proto::v1::finished::Outcome;
 use proto::v1::from_controller::Message;
 use proto::v1::job::Work;
@@ -41,17 +46,27 @@ fn restored(volume: &Volume, snapshot: &str, marker: &str) -> Work {
 
 #[test]
 fn volumes_are_saved_and_restored_over_and_over() {
+    saved_and_restored(&Location::new(), "create-if-absent");
+}
+
+/// As OBS has to be assumed to.
+#[test]
+fn volumes_are_saved_and_restored_where_the_store_ignores_the_condition() {
+    let proxy = Proxy::without_conditions(&TestServer::from_env());
+    saved_and_restored(&Location::behind(&proxy), "time-fenced");
+}
+
+fn saved_and_restored(location: &Location, register: &str) {
     let controller = Controller::start();
     let (node, hello) = Node::connected(&controller, &["--memory", "96M", "--log-format", "json"]);
     assert_eq!((&*hello.node, hello.capacity, hello.memory_bytes), ("node-1", 1, 96 << 20));
     assert!(!hello.version.is_empty() && hello.running.is_empty() && hello.finished.is_empty());
-    let location = Location::new();
     let opened = |finished: proto::v1::Finished| match finished.outcome {
         Some(Outcome::Opened(opened)) => opened,
         other => panic!("{other:?}"),
     };
     let first = opened(controller.run(&location.create()));
-    assert!(first.created && first.register == "create-if-absent", "{first:?}");
+    assert!(first.created && first.register == register, "{first:?}");
     let again = opened(controller.run(&location.create()));
     assert!(!again.created && again.repository_id == first.repository_id);
 
@@ -90,7 +105,7 @@ fn volumes_are_saved_and_restored_over_and_over() {
     assert!(!elsewhere.path().join(".velero").exists());
 
     // The next one reads only what has changed, compared with the given parent.
-    std::thread::sleep(Duration::from_millis(2100)); // younger changes are not trusted to be seen
+    std::thread::sleep(Duration::from_secs(3)); // changes of the last two are not trusted to be seen
     let parent = Backup { parent: saved.snapshot.clone(), ..backup(&volume) };
     let settled = controller.save(&location.job("b-2", Work::Backup(parent.clone())));
     fs::write(source.join("7"), "changed").unwrap();
@@ -220,9 +235,18 @@ fn jobs_go_on_without_a_stream_and_are_reported_until_recorded() {
 
 #[test]
 fn a_killed_agent_continues_where_it_was() {
+    killed_and_continued(Location::new());
+}
+
+#[test]
+fn a_killed_agent_continues_where_the_store_ignores_the_condition() {
+    let proxy = Proxy::without_conditions(&TestServer::from_env());
+    killed_and_continued(Location::behind(&proxy));
+}
+
+fn killed_and_continued(mut location: Location) {
     let controller = Controller::start();
     let (mut node, _) = Node::connected(&controller, &["--memory", "96M"]);
-    let mut location = Location::new();
     controller.run(&location.create());
     let (source, volume) = node.volume("pod", CSI, "pv");
     for n in 0..24 {
@@ -248,6 +272,86 @@ fn a_killed_agent_continues_where_it_was() {
     let again = controller.save(&job);
     assert_eq!(again, done);
     assert_eq!(location.open().list_snapshots().unwrap().snapshots.len(), 1);
+}
+
+#[test]
+fn an_agent_that_is_killed_while_it_restores_restores_all() {
+    let controller = Controller::start();
+    let (mut node, _) = Node::connected(&controller, &["--memory", "96M"]);
+    let mut location = Location::new();
+    controller.run(&location.create());
+    let (source, volume) = node.volume("pod-1", CSI, "pv");
+    for n in 0..12 {
+        fs::write(source.join(format!("{n}")), noise(n, 4 << 20)).unwrap();
+    }
+    let saved = controller.save(&location.job("saved", Work::Backup(backup(&volume))));
+    let (target, volume) = node.volume("pod-2", EMPTY_DIR, "pv");
+    location.repository.limit_download = 8 << 20;
+    let mut job = location.job("killed", restored(&volume, &saved.snapshot, "uid"));
+    controller.assign(&job);
+    eventually("something is restored", || target.join("0").exists());
+    let before = controller.streams();
+    node.kill();
+    let mark = target.join(".velero/uid");
+    assert!(!mark.exists(), "nobody takes it for whole");
+    node.start();
+    controller.hello_after(before);
+    job.repeated = true;
+    job.repository.as_mut().unwrap().limit_download = 0;
+    let finished = controller.run(&job);
+    assert!(matches!(finished.outcome, Some(Outcome::Restored(_))), "{finished:?}");
+    assert!(mark.exists());
+    assert_same(&source, &target);
+}
+
+#[test]
+fn a_store_that_is_away_for_longer_than_its_retries_fails_no_job() {
+    let controller = Controller::start();
+    let (node, _) = Node::connected(&controller, &["--memory", "96M"]);
+    let proxy = Proxy::start(&TestServer::from_env());
+    let location = Location::behind(&proxy);
+    controller.run(&location.create());
+    let (source, volume) = node.volume("pod", CSI, "pv");
+    fs::write(source.join("file"), noise(1, 12 << 20)).unwrap();
+    proxy.rule(|request| match request.operation() {
+        "PutObject" => Fault::Answer(503, "ServiceUnavailable"),
+        _ => Fault::Pass,
+    });
+    let from = proxy.requests().len();
+    let job = location.job("outage", Work::Backup(backup(&volume)));
+    controller.assign(&job);
+    // The command would have given up after ten.
+    for more_than in [5, 9, 10] {
+        eventually(&format!("a request is tried more than {more_than} times"), || {
+            let mut tries = BTreeMap::new();
+            for request in proxy.requests().into_iter().skip(from) {
+                *tries.entry((request.method, request.path)).or_insert(0) += 1;
+            }
+            tries.into_values().any(|tries| tries > more_than)
+        });
+    }
+    assert_eq!(controller.times_finished("outage"), 0);
+    proxy.rule(|_| Fault::Pass);
+    assert_eq!(controller.save(&job).bytes, 12 << 20);
+}
+
+#[test]
+fn a_full_bucket_fails_a_job_and_says_so() {
+    let controller = Controller::start();
+    let (node, _) = Node::connected(&controller, &["--memory", "96M"]);
+    let proxy = Proxy::start(&TestServer::from_env());
+    let location = Location::behind(&proxy);
+    controller.run(&location.create());
+    let (source, volume) = node.volume("pod", CSI, "pv");
+    fs::write(source.join("file"), noise(1, 12 << 20)).unwrap();
+    proxy.rule(|request| match request.operation() {
+        "PutObject" if request.path.contains("/packs/") => Fault::Answer(403, "QuotaExceeded"),
+        _ => Fault::Pass,
+    });
+    let job = location.job("full", Work::Backup(backup(&volume)));
+    let (kind, message) = controller.fail(&job);
+    assert_eq!(kind, FailureKind::Full, "{message}");
+    assert!(message.contains("QuotaExceeded"), "{message}");
 }
 
 #[test]

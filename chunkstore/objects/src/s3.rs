@@ -41,7 +41,7 @@ use crate::{
     Created, Error, ErrorKind, Kind, ObjectMeta, ObjectStore, ReadCost, Result, Traffic, key,
 };
 use body::{Lender, Limit, lend};
-use client::{WithMd5, base64, without_timeout};
+use client::{FileSystemMark, WithMd5, base64, without_timeout};
 use credentials::Provider;
 use failure::{Failure, backoff, classify};
 
@@ -82,6 +82,7 @@ pub struct S3Store {
 #[derive(Default)]
 struct Counters {
     requests: [AtomicU64; 5],
+    done: [AtomicU64; 5],
     retries: AtomicU64,
     sent: AtomicU64,
     received: AtomicU64,
@@ -157,23 +158,26 @@ impl S3Store {
     }
 
     /// One listing tells what asking for the bucket itself does not: some stores answer that
-    /// whatever the addressing.
+    /// whatever the addressing. But only the bucket itself tells that it is a parallel file system.
     fn look_at_bucket(&self) -> Result<()> {
-        let request = async |_: &mut History| {
+        self.run("open", &self.location(), Kind::List, async |_: &mut History| {
             let listing = self.client.list_objects().bucket(&self.config.bucket).max_keys(1);
-            let answer = listing.prefix(&self.config.prefix).customize().send().await;
-            match answer {
-                Ok(_) => Ok(()),
-                Err(error) => {
-                    let headers = error.raw_response().map(|raw| raw.headers());
-                    if headers.is_some_and(|all| all.get("x-obs-fs-file-interface").is_some()) {
-                        return Err(parallel_file_system());
-                    }
-                    Err(classify(&error))
-                }
+            let listed = listing.prefix(&self.config.prefix).send().await;
+            listed.map(drop).map_err(|error| classify(&error))
+        })?;
+        self.run("open", &self.location(), Kind::Stat, async |_: &mut History| {
+            let mark = FileSystemMark::default();
+            let head = self.client.head_bucket().bucket(&self.config.bucket).customize();
+            let answer = head.interceptor(mark.clone()).send().await;
+            if mark.is_set() {
+                return Err(parallel_file_system());
             }
-        };
-        self.run("open", &self.location(), Kind::List, request)
+            match answer.map_err(|error| classify(&error)) {
+                // The listing has shown that the bucket can be used; this may be forbidden.
+                Err(failure) if failure.retryable => Err(failure),
+                _ => Ok(()),
+            }
+        })
     }
 
     fn full_key(&self, key: &str) -> String {
@@ -209,6 +213,7 @@ impl S3Store {
     ) -> Attempt<T> {
         let mut history = History::default();
         let mut keys = 1;
+        let begun = Instant::now();
         loop {
             self.counters.requests[kind as usize].fetch_add(1, Ordering::Relaxed);
             if history.attempts > 0 {
@@ -218,6 +223,7 @@ impl S3Store {
             let generation = self.credentials.generation();
             let failure = match attempt(&mut history).await {
                 Ok(done) => {
+                    self.counters.done[kind as usize].fetch_add(1, Ordering::Relaxed);
                     self.accepted.store(true, Ordering::Relaxed);
                     return Ok(done);
                 }
@@ -231,7 +237,8 @@ impl S3Store {
             if !failure.retryable {
                 return Err(failure);
             }
-            if history.attempts >= self.config.attempts.max(1) {
+            let enough = history.attempts >= self.config.attempts.max(1);
+            if enough && begun.elapsed() >= self.config.patience {
                 let message = format!("{}; tried {} times", failure.message, history.attempts);
                 return Err(Failure { message, ..failure });
             }
@@ -931,6 +938,7 @@ impl ObjectStore for S3Store {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Some(Traffic {
             requests: self.counters.requests.each_ref().map(get),
+            done: self.counters.done.each_ref().map(get),
             retries: get(&self.counters.retries),
             bytes_sent: get(&self.counters.sent),
             bytes_received: get(&self.counters.received),

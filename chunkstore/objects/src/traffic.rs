@@ -23,6 +23,8 @@ pub enum Kind {
 pub struct Traffic {
     /// Requests by [`Kind`], in its order.
     pub requests: [u64; 5],
+    /// How many of them did what was asked, by [`Kind`].
+    pub done: [u64; 5],
     /// How many of them repeated one that had failed.
     pub retries: u64,
     /// Bytes of bodies sent.
@@ -47,8 +49,8 @@ impl std::ops::Add for Traffic {
     type Output = Self;
 
     fn add(mut self, other: Self) -> Self {
-        for (requests, more) in self.requests.iter_mut().zip(other.requests) {
-            *requests += more;
+        for (own, others) in [(&mut self.requests, other.requests), (&mut self.done, other.done)] {
+            own.iter_mut().zip(others).for_each(|(requests, more)| *requests += more);
         }
         Self {
             retries: self.retries + other.retries,

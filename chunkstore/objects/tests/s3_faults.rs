@@ -402,3 +402,39 @@ fn a_store_that_ignores_the_condition_is_found_out_and_shows_all_else() {
         assert!(catch_unwind(shows).is_err(), "{} needs no condition", one.0);
     }
 }
+
+#[test]
+fn who_has_patience_outlasts_what_passes() {
+    let patience = Duration::from_secs(20);
+    let site = Site::with(|config| S3Config { attempts: 2, patience, ..config });
+    let _ = site.create("a", b"1").unwrap();
+    let tries = Arc::new(AtomicUsize::new(0));
+    let seen = Arc::clone(&tries);
+    site.proxy.rule(move |_| {
+        let early = seen.fetch_add(1, Ordering::SeqCst) < 5;
+        if early { Fault::Answer(503, "SlowDown") } else { Fault::Pass }
+    });
+    let before = site.store.traffic().unwrap();
+    assert_eq!(site.store.read("a", 10).unwrap(), b"1");
+    let after = site.store.traffic().unwrap();
+    assert_eq!(after.retries - before.retries, 5, "more than its attempts");
+    assert_eq!(after.done.iter().sum::<u64>() - before.done.iter().sum::<u64>(), 1);
+    // What does not pass is told at once all the same.
+    site.always("GetObject", Fault::Answer(403, "AccessDenied"));
+    refused(site.store.read("a", 10), ErrorKind::PermissionDenied, "403");
+    assert_eq!(site.store.traffic().unwrap().retries, after.retries);
+}
+
+#[test]
+fn a_parallel_file_system_is_refused() {
+    let site = Site::new();
+    // As OBS marks one, whichever headers it was asked with.
+    for mark in ["x-obs-fs-file-interface: Enabled", "x-amz-fs-file-interface: Enabled"] {
+        site.always("HeadBucket", Fault::Add(mark));
+        let error = S3Store::open(site.config.clone()).unwrap_err();
+        refused::<()>(Err(error), ErrorKind::Invalid, "parallel file system");
+    }
+    // Who may not ask can use the bucket all the same.
+    site.always("HeadBucket", Fault::Answer(403, "AccessDenied"));
+    S3Store::open(site.config.clone()).unwrap();
+}

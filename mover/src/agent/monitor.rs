@@ -156,12 +156,14 @@ pub(super) struct Signs {
 
 impl Signs {
     /// Of what a job and its store say. A session gives signs of life, once a minute and of some hundred
-    /// bytes, whether its work gets on or not: writes count by their bytes, in pieces.
+    /// bytes, whether its work gets on or not: writes count by their bytes, in pieces. Nor is trying again
+    /// what fails getting on.
     pub(super) fn of(far: Far, traffic: Option<Traffic>) -> Self {
         let traffic = traffic.unwrap_or_default();
+        let done = |kind| traffic.done[kind as usize];
         Self {
             far,
-            requests: traffic.of(Kind::Read) + traffic.of(Kind::List) + traffic.of(Kind::Delete),
+            requests: [Kind::Read, Kind::List, Kind::Delete].map(done).iter().sum(),
             sent: traffic.bytes_sent >> 16,
             received: traffic.bytes_received,
         }
@@ -273,8 +275,10 @@ mod tests {
         };
         assert_eq!(look(0, traffic, 9), Verdict::Fine);
         assert_eq!(look(1, traffic, 9), Verdict::Fine);
-        traffic.requests[Kind::Write as usize] += 1;
-        traffic.requests[Kind::Stat as usize] += 1;
+        for requests in [&mut traffic.requests, &mut traffic.done] {
+            requests[Kind::Write as usize] += 1;
+            requests[Kind::Stat as usize] += 1;
+        }
         traffic.bytes_sent += 300;
         assert_eq!(look(1, traffic, 18), Verdict::Fine);
         assert_eq!(look(1, traffic, 19), Verdict::Stalled, "a heartbeat is no progress");
@@ -282,6 +286,8 @@ mod tests {
         assert_eq!(look(1, traffic, 19), Verdict::Fine, "an upload is");
         assert_eq!(look(1, traffic, 29), Verdict::Stalled);
         traffic.requests[Kind::Read as usize] += 1;
+        assert_eq!(look(1, traffic, 29), Verdict::Stalled, "a read that failed is none");
+        traffic.done[Kind::Read as usize] += 1;
         assert_eq!(look(1, traffic, 29), Verdict::Fine, "a read is");
         let mut never = Watch::new(None, true, begun);
         assert_eq!(never.look(Signs::default(), None, at(1_000_000)), Verdict::Fine);

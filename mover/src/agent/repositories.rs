@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use chunkstore::chunker::ChunkerConfig;
 use chunkstore::error::chain;
@@ -22,6 +23,9 @@ use crate::repository::{IndexCache, open_bucket, other_object};
 
 /// Tries of a request by which only is found out whether a store can be reached.
 const PROBE_ATTEMPTS: u32 = 2;
+
+/// How long a job goes on trying while its store is away: as long as a location may be.
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// The folders of the cache that jobs use, and by how many.
 #[derive(Debug, Default)]
@@ -130,7 +134,7 @@ pub(super) fn open_store<'a>(
     stop: Stop,
     used: &'a CacheUse,
 ) -> Result<Store<'a>> {
-    let s3 = s3_config(config, repository, key, stop)?;
+    let s3 = S3Config { patience: PATIENCE, ..s3_config(config, repository, key, stop)? };
     let cache = &config.given.cache;
     let lease = used.lease(cache, &s3.location());
     let objects = open_bucket(s3, Some(cache)).map_err(|error| opening(&error.into()))?;

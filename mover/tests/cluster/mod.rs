@@ -16,6 +16,7 @@ use chunkstore::key_slot::Unlock;
 use chunkstore::repository::Repository;
 use objects::ObjectStore;
 use objects::s3::S3Store;
+use objects::testing::proxy::Proxy;
 use objects::testing::server::{TestServer, fresh};
 use proto::v1::finished::Outcome;
 use proto::v1::from_agent::Message as Said;
@@ -361,6 +362,13 @@ impl Location {
             ..Default::default()
         };
         Self { server, prefix, repository }
+    }
+
+    /// As [`new`](Self::new), reached through a proxy.
+    pub fn behind(proxy: &Proxy) -> Self {
+        let mut location = Self::new();
+        location.repository.endpoint = format!("http://127.0.0.1:{}", proxy.server().port);
+        location
     }
 
     pub fn job(&self, id: &str, work: Work) -> Job {

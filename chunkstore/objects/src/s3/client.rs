@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use aws_sdk_s3::Client;
@@ -16,7 +17,9 @@ use aws_smithy_http_client::tls::{
 };
 use aws_smithy_runtime_api::box_error::BoxError;
 use aws_smithy_runtime_api::client::dns::{DnsFuture, ResolveDns, ResolveDnsError};
-use aws_smithy_runtime_api::client::interceptors::context::BeforeTransmitInterceptorContextMut;
+use aws_smithy_runtime_api::client::interceptors::context::{
+    BeforeDeserializationInterceptorContextRef, BeforeTransmitInterceptorContextMut,
+};
 use md5::{Digest, Md5};
 
 use super::config::S3Config;
@@ -150,6 +153,36 @@ impl Intercept for WithMd5 {
             headers.remove(&*name);
         }
         headers.insert("content-md5", base64(&md5));
+        Ok(())
+    }
+}
+
+/// Notes whether an answer says that the bucket is a parallel file system of OBS.
+#[derive(Debug, Clone, Default)]
+pub(super) struct FileSystemMark(Arc<AtomicBool>);
+
+impl FileSystemMark {
+    pub(super) fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Intercept for FileSystemMark {
+    fn name(&self) -> &'static str {
+        "FileSystemMark"
+    }
+
+    fn read_before_deserialization(
+        &self,
+        context: &BeforeDeserializationInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> std::result::Result<(), BoxError> {
+        // OBS says 'x-obs-' or 'x-amz-', as it was spoken to.
+        let mut headers = context.response().headers().iter();
+        if headers.any(|(name, _)| name.ends_with("-fs-file-interface")) {
+            self.0.store(true, Ordering::Relaxed);
+        }
         Ok(())
     }
 }

@@ -48,8 +48,10 @@ pub struct S3Config {
     pub limit_upload: Option<u64>,
     /// Bytes a second, all downloads together.
     pub limit_download: Option<u64>,
-    /// Tries of a request before it fails.
+    /// Tries of a request before it fails, at least.
     pub attempts: u32,
+    /// How long a request is tried again, at least, while what hinders it may pass.
+    pub patience: Duration,
     /// How long a request may get no answer, or an upload not get on, before it counts as failed.
     pub answer_within: Duration,
     /// Host names with an address of their own, as in `curl --resolve`; subdomains included.
@@ -144,6 +146,7 @@ impl S3Config {
             limit_upload: None,
             limit_download: None,
             attempts: 10,
+            patience: Duration::ZERO,
             answer_within: Duration::from_secs(60),
             resolve: Vec::new(),
             stop: Stop::default(),

@@ -50,6 +50,7 @@ impl Request {
             "POST" if asks("uploadId") => "CompleteMultipartUpload",
             "DELETE" if asks("uploadId") => "AbortMultipartUpload",
             "DELETE" => "DeleteObject",
+            "HEAD" if self.path == "/" => "HeadBucket",
             "HEAD" => "HeadObject",
             "GET" if asks("uploads") => "ListMultipartUploads",
             "GET" if self.path == "/" => "ListObjects",
@@ -76,6 +77,8 @@ pub enum Fault {
     Duplicate,
     /// This status and S3 error code are the answer; the store does not hear of it.
     Answer(u16, &'static str),
+    /// It is passed on, and the answer gets this header line.
+    Add(&'static str),
     /// It is passed on without this header, and signed anew, so that the store does not notice.
     Strip(&'static str),
 }
@@ -206,6 +209,12 @@ fn serve(shared: &Shared, mut client: &TcpStream) -> io::Result<()> {
             client.write_all(&answer)
         }
         Fault::Answer(status, code) => client.write_all(&own_answer(&request, status, code)),
+        Fault::Add(line) => {
+            let mut answer = forward(&request)?;
+            let head = answer.iter().position(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+            answer.splice(head..head, format!("{line}\r\n").into_bytes());
+            client.write_all(&answer)
+        }
         Fault::Strip(header) => {
             client.write_all(&forward(&without(request, header, &shared.server.secret))?)
         }
