@@ -295,12 +295,15 @@ async fn a_lost_agent_holds_nobody_up_and_its_jobs_fail() {
     assert!(message.contains("agent of node 'n1'"), "{message}");
     world.until_phase("second", PodVolumePhase::InProgress).await;
     // What it has saved after all is named, so that it can be forgotten.
+    fleet.forget();
     let back = fleet.join(&dispatcher, "n1").await;
     back.say_finished(saved(&uid)).await;
     fleet.until("that it is recorded", |seen| seen.recorded.contains(&uid)).await;
-    let late = world.api::<PodVolumeBackup>().get("first").await.unwrap().status.unwrap();
+    let named = |backup: &PodVolumeBackup| {
+        backup.status.as_ref().is_some_and(|status| status.snapshot_id.is_some())
+    };
+    let late = world.until("first", "named", named).await.status.unwrap();
     assert_eq!(late.phase, PodVolumePhase::Failed);
-    assert!(late.snapshot_id.is_some(), "{late:?}");
     assert!(late.message.unwrap().contains("after all"));
 }
 

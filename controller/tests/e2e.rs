@@ -123,10 +123,19 @@ fn the_examples_run_as_they_stand() {
     let namespace = cluster.namespace("examples");
     let pod = cluster.pod(&namespace, "source", &fill(30), &|_| {});
     assert!(is_ready(&pod));
-    let snapshot = cluster.example("save-volume.sh", &[&namespace, "source", "data"]);
-    cluster.example("restore-volume.sh", &[&namespace, "target", snapshot.trim()]);
+    let snapshot = cluster.example("save-volume.sh", &[&namespace, "source", "data"], &[]);
+    cluster.example("restore-volume.sh", &[&namespace, "target", snapshot.trim()], &[]);
     assert_eq!(
         cluster.exec(&namespace, "target", FINGERPRINT),
+        cluster.exec(&namespace, "source", FINGERPRINT)
+    );
+    // A volume that is open to its user alone, as a database's is.
+    cluster.exec(&namespace, "source", "chown -R 999:999 /data && chmod 700 /data");
+    let snapshot = cluster.example("save-volume.sh", &[&namespace, "source", "data"], &[]);
+    let user = [("RUN_AS", "999")];
+    cluster.example("restore-volume.sh", &[&namespace, "private", snapshot.trim()], &user);
+    assert_eq!(
+        cluster.exec(&namespace, "private", FINGERPRINT),
         cluster.exec(&namespace, "source", FINGERPRINT)
     );
 }
@@ -347,16 +356,23 @@ fn twenty_volumes_survive_the_death_of_every_part() {
     let backups = many.completed();
     cluster.wait_until_ready();
     // Bit for bit, with nothing but the bucket.
-    let backup = backups.iter().find(|one| one["spec"]["volume"] == "v7").unwrap();
-    assert_eq!(ebackup(&cluster, &["dump", &snapshot(backup), "number"]), "7\n");
-    let sum = cluster.exec(&namespace, "source", "md5sum < /data/v7/noise");
-    let folder = tempfile::tempdir().unwrap();
-    ebackup(&cluster, &["restore", &snapshot(backup), "--target", folder.path().to_str().unwrap()]);
-    let restored = Command::new("md5sum")
-        .stdin(std::fs::File::open(folder.path().join("noise")).unwrap())
-        .output()
-        .unwrap();
-    assert_eq!(String::from_utf8(restored.stdout).unwrap(), sum);
+    for backup in &backups {
+        let volume = backup["spec"]["volume"].as_str().unwrap();
+        let number = volume.strip_prefix('v').unwrap();
+        assert_eq!(
+            ebackup(&cluster, &["dump", &snapshot(backup), "number"]),
+            format!("{number}\n")
+        );
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().to_str().unwrap();
+        ebackup(&cluster, &["restore", &snapshot(backup), "--target", target]);
+        let restored = Command::new("md5sum")
+            .stdin(std::fs::File::open(folder.path().join("noise")).unwrap())
+            .output()
+            .unwrap();
+        let sum = cluster.exec(&namespace, "source", &format!("md5sum < /data/{volume}/noise"));
+        assert_eq!(String::from_utf8(restored.stdout).unwrap(), sum, "{volume}");
+    }
 }
 
 /// As an upgrade does it: the old programs are told to end while new ones start.

@@ -162,7 +162,10 @@ pub fn next(job: &Job, facts: &Facts, now: Timestamp) -> Option<Action> {
         return None;
     }
     if phase.is_final() {
-        let unnamed = job.object.unnamed_snapshot(job.outcome.as_ref()?);
+        let outcome = job.outcome.as_ref()?;
+        // Of what another version means by its phase, nothing is known.
+        let ended = matches!(phase, PodVolumePhase::Failed | PodVolumePhase::Canceled);
+        let unnamed = job.object.unnamed_snapshot(outcome).filter(|_| ended);
         let late = |snapshot: &str| Action::Write(Update::SavedAfterAll(snapshot.to_owned()));
         return Some(unnamed.map_or(Action::Record, late));
     }
@@ -380,6 +383,26 @@ mod tests {
             assert_eq!(next(&job, &connected(), at(0)), None);
             job.outcome = Some(Finished::default());
             assert_eq!(next(&job, &connected(), at(0)), Some(Action::Record));
+        }
+    }
+
+    #[test]
+    fn what_was_saved_after_all_is_named_before_it_is_recorded() {
+        let saved = proto::v1::Saved { snapshot: "s".to_owned(), ..Default::default() };
+        let outcome = Some(proto::v1::finished::Outcome::Saved(saved));
+        let finished = Finished { outcome, ..Default::default() };
+        let named = Some(Action::Write(Update::SavedAfterAll("s".to_owned())));
+        for (phase, first) in [
+            ("Failed", &named),
+            ("Canceled", &named),
+            ("Completed", &Some(Action::Record)),
+            ("Future", &Some(Action::Record)),
+        ] {
+            let mut job = job(phase, false);
+            job.outcome = Some(finished.clone());
+            assert_eq!(&next(&job, &connected(), at(0)), first, "{phase}");
+            job.writing = true;
+            assert_eq!(next(&job, &connected(), at(0)), None, "{phase}");
         }
     }
 

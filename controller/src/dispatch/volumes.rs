@@ -76,7 +76,8 @@ impl World {
         let Some(job) = self.jobs.remove(uid) else {
             return;
         };
-        if let (true, Some(node)) = (job.object.phase().is_assigned(), job.object.node()) {
+        let concerned = job.object.phase().is_assigned() || job.outcome.is_some();
+        if let (true, Some(node)) = (concerned, job.object.node()) {
             let id = uid.to_owned();
             self.send(
                 node,
@@ -121,6 +122,13 @@ impl World {
                     ?refused,
                     "a status was not written"
                 );
+                if let (Update::SavedAfterAll(snapshot), Some(node)) = (update, job.object.node()) {
+                    let (subject, node) = (job.object.subject(), node.to_owned());
+                    tracing::warn!(subject, snapshot, "saved after all, which cannot be noted");
+                    job.outcome = None;
+                    let job_id = uid.to_owned();
+                    self.send(&node, Message::Recorded(Recorded { job_id }));
+                }
                 return;
             }
         };

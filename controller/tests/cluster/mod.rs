@@ -291,7 +291,7 @@ impl Cluster {
     }
 
     /// Runs a script of `deploy/examples`, which has to succeed; its standard output.
-    pub(crate) fn example(&self, name: &str, args: &[&str]) -> String {
+    pub(crate) fn example(&self, name: &str, args: &[&str], env: &[(&str, &str)]) -> String {
         let kubectl = PathBuf::from(var("EBACKUP_TEST_KUBECTL"));
         let path = std::env::var("PATH").unwrap();
         let output = Command::new(root().join("deploy/examples").join(name))
@@ -299,6 +299,7 @@ impl Cluster {
             .env("PATH", format!("{}:{path}", kubectl.parent().unwrap().display()))
             .env("KUBECONFIG", var("EBACKUP_TEST_KUBECONFIG"))
             .env("IMAGE", "busybox:test")
+            .envs(env.iter().copied())
             .output()
             .unwrap();
         assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));

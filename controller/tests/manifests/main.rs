@@ -7,6 +7,7 @@
 mod network;
 mod pod_security;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -50,12 +51,27 @@ fn pod_of<'a>(objects: &'a [Value], kind: &str, name: &str) -> &'a Value {
     &find(objects, kind, name)["spec"]["template"]["spec"]
 }
 
-/// The pod that an example of restoring makes: its first document, with a word in place of each variable.
-fn restored_pod() -> Value {
-    let script = std::fs::read_to_string(deploy().join("examples/restore-volume.sh")).unwrap();
-    let (_, document) = script.split_once("<<YAML\n").unwrap();
-    let (document, _) = document.split_once("\nYAML\n").unwrap();
-    let pod: Value = serde_saphyr::from_str(&document.replace('$', "x")).unwrap();
+/// The pod that the example of restoring makes, with a kubectl that keeps it and says yes to all else.
+fn restored_pod(run_as: Option<&str>) -> Value {
+    let folder = tempfile::tempdir().unwrap();
+    let kubectl = folder.path().join("kubectl");
+    let script = r#"#!/bin/sh
+case "$*" in
+  "create -f -") cat >"${0%/*}/pod" ;;
+  *phase*) echo Completed ;;
+  *) echo something ;;
+esac
+"#;
+    std::fs::write(&kubectl, script).unwrap();
+    std::fs::set_permissions(&kubectl, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", folder.path().display(), std::env::var("PATH").unwrap());
+    let mut example = Command::new(deploy().join("examples/restore-volume.sh"));
+    example.args(["namespace", "pod", "snapshot"]).env("PATH", path);
+    example.envs(run_as.map(|user| ("RUN_AS", user)));
+    let output = example.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let pod = std::fs::read_to_string(folder.path().join("pod")).unwrap();
+    let pod: Value = serde_saphyr::from_str(&pod).unwrap();
     assert_eq!(pod["kind"], "Pod");
     pod["spec"].clone()
 }
@@ -68,12 +84,17 @@ fn the_controller_is_restricted() {
 
 #[test]
 fn what_waits_in_restored_pods_is_restricted() {
-    let pod = restored_pod();
-    let waiting = pod["initContainers"][0].clone();
-    assert_eq!(waiting["name"], "restore-wait");
-    // The rest of such a pod is its owner's.
-    let alone = json!({ "containers": [waiting], "volumes": pod["volumes"] });
-    assert_eq!(examine(&alone), Violations::default());
+    for (run_as, user) in [(None, 65532), (Some("999"), 999)] {
+        let pod = restored_pod(run_as);
+        let waiting = pod["initContainers"][0].clone();
+        assert_eq!(waiting["name"], "restore-wait");
+        assert_eq!(waiting["securityContext"]["runAsUser"], user);
+        let main = &pod["containers"][0]["securityContext"]["runAsUser"];
+        assert_eq!(main.as_u64(), run_as.map(|user| user.parse().unwrap()));
+        // The rest of such a pod is its owner's.
+        let alone = json!({ "containers": [waiting], "volumes": pod["volumes"] });
+        assert_eq!(examine(&alone), Violations::default());
+    }
 }
 
 #[test]

@@ -42,20 +42,23 @@ pub(crate) fn lets_in(policies: &[Value], from: &Peer<'_>, to: &Peer<'_>, port: 
 }
 
 fn rule_lets_in(rule: &Value, from: &Peer<'_>, to: &Peer<'_>, port: u64) -> bool {
+    // An empty list is none, and so is open to all.
     let port_fits = rule["ports"].as_array().is_none_or(|ports| {
-        ports.iter().any(|open| {
-            assert!(open["endPort"].is_null(), "not understood: {open}");
-            open["port"] == port && matches!(open["protocol"].as_str(), None | Some("TCP"))
-        })
+        ports.is_empty()
+            || ports.iter().any(|open| {
+                assert!(open["endPort"].is_null(), "not understood: {open}");
+                open["port"] == port && matches!(open["protocol"].as_str(), None | Some("TCP"))
+            })
     });
     port_fits
         && rule["from"].as_array().is_none_or(|peers| {
-            peers.iter().any(|peer| {
-                let known = ["podSelector"];
-                let fields = peer.as_object().unwrap();
-                assert!(fields.keys().all(|field| known.contains(&field.as_str())), "{peer}");
-                // Without a selector of namespaces, a peer is one of the policy's own.
-                from.namespace == to.namespace && from.matches(&peer["podSelector"])
-            })
+            peers.is_empty()
+                || peers.iter().any(|peer| {
+                    let known = ["podSelector"];
+                    let fields = peer.as_object().unwrap();
+                    assert!(fields.keys().all(|field| known.contains(&field.as_str())), "{peer}");
+                    // Without a selector of namespaces, a peer is one of the policy's own.
+                    from.namespace == to.namespace && from.matches(&peer["podSelector"])
+                })
         })
 }
