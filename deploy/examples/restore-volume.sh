@@ -2,9 +2,13 @@
 # Puts a snapshot into the volume 'data' of a new pod, whose program starts when all of it is there.
 #
 #   restore-volume.sh NAMESPACE POD SNAPSHOT [LOCATION]        IMAGE=busybox:1.36 is the new pod's
+#
+# RUN_AS=999 is the user that both its containers run as. It is needed where the volume is open to one user
+# alone, as a database's is: restore-wait has to look into it.
 set -eu
 [ $# -ge 3 ] || { sed -n 4p "$0" >&2 && exit 2; }
 namespace=$1 pod=$2 snapshot=$3 location=${4:-default}
+context=${RUN_AS:+"runAsUser: $RUN_AS"}
 # What tells this restore from others: the mark that the pod waits for.
 restore=$(cat /proc/sys/kernel/random/uuid)
 helper=$(kubectl -n velero get daemonset node-agent -o 'jsonpath={.spec.template.spec.containers[0].image}')
@@ -25,7 +29,7 @@ spec:
       args: [$restore]
       securityContext:
         runAsNonRoot: true
-        runAsUser: 65532
+        runAsUser: ${RUN_AS:-65532}
         allowPrivilegeEscalation: false
         capabilities:
           drop: [ALL]
@@ -39,6 +43,7 @@ spec:
       image: ${IMAGE:-busybox:1.36}
       imagePullPolicy: IfNotPresent
       command: [sleep, "1000000"]
+      securityContext: {$context}
       volumeMounts:
         - name: data
           mountPath: /data

@@ -66,7 +66,7 @@ pub fn wait(root: &Path, name: &str, cancelled: &AtomicBool) -> Result<()> {
     }
     let mut told = None;
     loop {
-        let (waiting, all) = volumes_without(root, name)
+        let Volumes { all, waiting, closed } = volumes_without(root, name)
             .with_context(|| format!("cannot look at the volumes in '{}'", root.display()))?;
         if all.is_empty() {
             bail!(
@@ -85,9 +85,17 @@ pub fn wait(root: &Path, name: &str, cancelled: &AtomicBool) -> Result<()> {
             }
             return Ok(());
         }
-        if told.as_ref() != Some(&waiting) {
+        if told.as_ref() != Some(&(waiting.clone(), closed.clone())) {
             tracing::info!("waiting for the volumes {}", waiting.join(", "));
-            told = Some(waiting);
+            if !closed.is_empty() {
+                tracing::warn!(
+                    "not allowed to look into the volumes {}, which may be restored: what was restored \
+                     belongs to another user; have this container run as the one that the pod's program \
+                     runs as (securityContext.runAsUser)",
+                    closed.join(", ")
+                );
+            }
+            told = Some((waiting, closed));
         }
         if cancelled.load(Ordering::Relaxed) {
             bail!("told to end before all volumes were restored");
@@ -96,28 +104,49 @@ pub fn wait(root: &Path, name: &str, cancelled: &AtomicBool) -> Result<()> {
     }
 }
 
-/// Names of the folders below `root` without the mark, and of all.
-fn volumes_without(root: &Path, name: &str) -> io::Result<(Vec<String>, Vec<String>)> {
-    let (mut without, mut all) = (Vec::new(), Vec::new());
+/// Names of the folders below a root.
+#[derive(Default)]
+struct Volumes {
+    all: Vec<String>,
+    /// Those without the mark, as far as can be seen.
+    waiting: Vec<String>,
+    /// Those of them that may not be looked into.
+    closed: Vec<String>,
+}
+
+/// The folders below `root`, with regard to the mark `name`.
+fn volumes_without(root: &Path, name: &str) -> io::Result<Volumes> {
+    let mut volumes = Volumes::default();
     for entry in std::fs::read_dir(root)? {
         let entry = entry?;
         if !entry.file_type()?.is_dir() {
             continue;
         }
         let volume = entry.file_name().to_string_lossy().into_owned();
-        if !Dir::open_root(&entry.path()).is_ok_and(|volume| is_marked(&volume, name)) {
-            without.push(volume.clone());
+        match Dir::open_root(&entry.path()).and_then(|volume| look_for_mark(&volume, name)) {
+            Ok(true) => {}
+            seen => {
+                if seen.is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied) {
+                    volumes.closed.push(volume.clone());
+                }
+                volumes.waiting.push(volume.clone());
+            }
         }
-        all.push(volume);
+        volumes.all.push(volume);
     }
-    without.sort();
-    Ok((without, all))
+    volumes.waiting.sort();
+    volumes.closed.sort();
+    Ok(volumes)
 }
 
 /// Whether `volume` has the mark `name`.
 pub(super) fn is_marked(volume: &Dir, name: &str) -> bool {
-    let marked = volume.open_dir(FOLDER).and_then(|folder| folder.lstat(name.as_bytes()));
-    marked.is_ok_and(|meta| meta.kind == Kind::File)
+    look_for_mark(volume, name).is_ok_and(|is_there| is_there)
+}
+
+fn look_for_mark(volume: &Dir, name: &str) -> io::Result<bool> {
+    let folder = volume.open_dir(FOLDER)?;
+    Ok(folder.lstat(name.as_bytes())?.kind == Kind::File)
 }
 
 #[cfg(test)]
