@@ -368,14 +368,19 @@ impl S3Store {
     fn get(&self, key: &str, range: Range, limit: u64, into: &mut dyn Sink) -> Result<()> {
         let full_key = self.full_key(key);
         let mut done = 0;
+        let mut size = None;
         let mut etag: Option<String> = None;
         self.run("read", key, Kind::Read, async |_: &mut History| {
+            if done > 0 && into.check().is_ok() {
+                // It broke off behind its last byte.
+                return Ok(());
+            }
             let request = self
                 .client
                 .get_object()
                 .bucket(&self.config.bucket)
                 .key(&full_key)
-                .set_range(range.header(done))
+                .set_range(range.header(done, size))
                 // What follows must belong to what came before.
                 .set_if_match(etag.clone().filter(|_| done > 0));
             let answer = request.send().await.map_err(|error| classify(&error))?;
@@ -389,6 +394,7 @@ impl S3Store {
                 return Err(Failure::new(ErrorKind::TooLarge, why));
             }
             into.size(whole);
+            size = Some(whole);
             etag = answer.e_tag().map(str::to_owned);
             let mut body = answer.body;
             loop {
@@ -659,15 +665,20 @@ enum Range {
 }
 
 impl Range {
-    /// The header that asks for what is missing when `done` bytes are there.
-    fn header(self, done: u64) -> Option<String> {
-        match self {
-            Self::All if done == 0 => None,
-            Self::All => Some(format!("bytes={done}-")),
-            Self::From(from, len) => {
+    /// The header that asks for what is missing when `done` bytes are there, of an object of `size` bytes,
+    /// if that is known.
+    fn header(self, done: u64, size: Option<u64>) -> Option<String> {
+        match (self, size) {
+            (Self::All, _) if done == 0 => None,
+            (Self::All, _) => Some(format!("bytes={done}-")),
+            (Self::From(from, len), _) => {
                 Some(format!("bytes={}-{}", from + done, (from + len).saturating_sub(1)))
             }
-            Self::Last(len) => Some(format!("bytes=-{}", len.saturating_sub(done))),
+            // The object may be shorter than what is asked for.
+            (Self::Last(len), Some(size)) if done > 0 => {
+                Some(format!("bytes={}-", size.saturating_sub(len) + done))
+            }
+            (Self::Last(len), _) => Some(format!("bytes=-{len}")),
         }
     }
 }

@@ -309,6 +309,21 @@ fn a_download_goes_on_where_it_broke_off() {
 }
 
 #[test]
+fn the_end_of_an_object_is_read_on_where_it_broke_off() {
+    let site = Site::new();
+    let limit = 64 << 10;
+    for (key, len) in [("a", 5000), ("b", limit), ("c", 300_000)] {
+        let body = noise(len);
+        let _ = site.create(key, &body).unwrap();
+        let count = site.once("GetObject", Fault::Truncate);
+        let (size, tail) = site.store.read_tail(key, limit).unwrap();
+        assert_eq!(size, len as u64);
+        assert!(tail == body[len - limit.min(len)..], "{key}: {} bytes", tail.len());
+        assert_eq!(count.load(Ordering::SeqCst), 2);
+    }
+}
+
+#[test]
 fn a_store_that_does_not_answer_or_take_what_is_sent_is_asked_again() {
     let hurried = |config| S3Config { answer_within: Duration::from_secs(2), ..config };
     let table: [(&str, Use); 3] = [

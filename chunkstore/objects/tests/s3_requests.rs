@@ -54,13 +54,14 @@ fn with<'a>(requests: &'a [Request], header: &str) -> Vec<&'a Request> {
     requests.iter().filter(|request| request.header(header).is_some()).collect()
 }
 
-const ALL: [&str; 11] = [
+const ALL: [&str; 12] = [
     "AbortMultipartUpload",
     "CompleteMultipartUpload",
     "CreateMultipartUpload",
     "DeleteObject",
     "DeleteObjects",
     "GetObject",
+    "HeadBucket",
     "HeadObject",
     "ListMultipartUploads",
     "ListObjects",
