@@ -90,3 +90,22 @@ fn what_a_newer_version_adds_is_passed_over() {
     let newer = [&job.encode_to_vec()[..], &added].concat();
     assert_eq!(Job::decode(&newer[..]).unwrap(), job);
 }
+
+#[test]
+fn everything_that_can_be_said_is_documented() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("proto/mover/v1/mover.proto");
+    let text = std::fs::read_to_string(path).unwrap();
+    let mut above = "";
+    let mut documented = 0;
+    for line in text.lines().map(str::trim) {
+        let declares =
+            ["message ", "enum ", "rpc ", "service "].iter().any(|it| line.starts_with(it));
+        let is_part = line.ends_with(';') && line.contains(" = ") && !line.starts_with("syntax");
+        if declares && line.ends_with(['{', '}', ';']) || is_part {
+            assert!(above.starts_with("//"), "'{line}' has no comment");
+            documented += 1;
+        }
+        above = line;
+    }
+    assert!(documented > 100, "{documented} declarations");
+}
