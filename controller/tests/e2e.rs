@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use cluster::{BUCKET, Cluster, NAMESPACE, is_ready, wait, wait_for};
+use cluster::{BUCKET, Cluster, NAMESPACE, install, is_ready, wait, wait_for};
 use objects::testing::server::fresh;
 use serde_json::{Value, json};
 
@@ -208,10 +208,10 @@ fn the_passphrase_that_was_kept_is_enough_for_another_cluster() {
     let secret = cluster.find("secret", NAMESPACE, "ebackup-repository-default").unwrap();
     let passphrase = secret["data"]["passphrase"].clone();
 
-    for what in ["backupstoragelocation", "backuprepository"] {
-        cluster.kubectl(&["-n", NAMESPACE, "delete", what, "default", "--ignore-not-found"]);
-    }
-    cluster.kubectl(&["-n", NAMESPACE, "delete", "secret", "ebackup-repository-default"]);
+    // Programs, authority, objects, Secrets and the copies of the index: all of it.
+    cluster.kubectl(&["delete", "namespace", NAMESPACE]);
+    install();
+    cluster.apply(&cluster.credentials("obs-credentials", "HUAWEI_CLOUD", &cluster.s3.secret));
     cluster.apply(&cluster.location("default", "obs-credentials", &cluster.prefix));
     let location =
         cluster.wait_for_phase("backupstoragelocation", NAMESPACE, "default", "Unavailable");

@@ -414,7 +414,7 @@ fn apply(object: &Value) {
 }
 
 /// Brings the image to the node and applies `deploy/`, with an overlay for what is particular to this cluster.
-fn install() {
+pub(crate) fn install() {
     let image = root().join("target/image/ebackup.tar");
     assert!(image.exists(), "{} is missing: make it with 'cargo xtask image'", image.display());
     let imported = Command::new("ctr")
