@@ -19,7 +19,7 @@ use chunkstore::record::{Snapshot, Verdict};
 use chunkstore::repository::Repository;
 use chunkstore::tree::{Body, Content, EntryCursor, Node, TreeBuilder, TreeCursor};
 use common::*;
-use objects::testing::{Fault, FaultyStore, MemoryStore, Op, keys};
+use objects::testing::{Fault, FaultyStore, MemoryStore, Op, conditions_ignored, keys};
 
 const GRACE: Duration = Duration::from_secs(1800);
 
@@ -37,6 +37,23 @@ fn try_prune(repository: &Repository) -> Result<PruneReport> {
 fn run_prune(repository: &Repository) -> PruneReport {
     try_prune(repository)
         .unwrap_or_else(|error| panic!("prune: {}", chunkstore::error::chain(&error)))
+}
+
+/// Prunes while another may be at work. Where the store ignores conditions, this one is refused then.
+fn prune_beside(repository: &Repository) {
+    match try_prune(repository) {
+        Err(error) if conditions_ignored() && error.to_string().contains("another prune") => {}
+        result => drop(result.unwrap()),
+    }
+}
+
+/// Prunes when a session has fallen silent, and again when what it may have had under way has come to
+/// its end, as is needed where the store ignores conditions.
+fn prune_after_silence(store: &MemoryStore, repository: &Repository, at: u64) {
+    for hours in [at, at + 1] {
+        store.set_now(hour(hours));
+        run_prune(repository);
+    }
 }
 
 fn bytes(store: &MemoryStore) -> u64 {
@@ -151,15 +168,23 @@ fn a_silent_session_holds_up_deletion_until_the_grace_is_over_and_then_cannot_co
         "{text}"
     );
     store.set_now(hour(25));
-    let report = run_prune(&repository);
-    assert_eq!((report.fenced.len(), report.waiting.len()), (1, 0), "{report}");
+    let mut report = run_prune(&repository);
+    assert_eq!(report.fenced.len(), 1, "{report}");
+    if conditions_ignored() {
+        // What the session may have under way has to come to its end.
+        assert_eq!((report.packs_deleted, report.waiting.len()), (0, 1), "{report}");
+        store.set_now(hour(26));
+        report = run_prune(&repository);
+    }
+    assert_eq!(report.waiting.len(), 0, "{report}");
     assert!(report.packs_deleted > 0);
     let error = writer.commit(|_| snapshot).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Fenced, "{error}");
     assert_eq!(assert_intact(&repository, &expected, "after"), 2);
     assert_converged(&repository, "after");
-    // The mark of the fence goes in time.
-    assert_eq!(repository.list_snapshots().unwrap().fenced.len(), 1);
+    // The mark of the fence goes in time; only with conditions is it in the snapshot's place.
+    let marks = usize::from(!conditions_ignored());
+    assert_eq!(repository.list_snapshots().unwrap().fenced.len(), marks);
     store.set_now(hour(25 + 31 * 24));
     run_prune(&repository);
     assert_eq!(repository.list_snapshots().unwrap().fenced.len(), 0);
@@ -305,7 +330,7 @@ fn a_prune_that_crashes_anywhere_can_be_done_over() {
             let repository = open(store.clone());
             assert_eq!(assert_intact(&repository, &expected, &context), 12, "{context}");
             // What it announced falls silent.
-            store.set_now(hour(40));
+            prune_after_silence(&store, &repository, 40);
             assert_converged(&repository, &context);
             assert_eq!(assert_intact(&repository, &expected, &context), 12, "{context}");
             if result.is_ok() {
@@ -367,14 +392,7 @@ fn with_every_call(base: &MemoryStore, expected: &Expected, name: &str, meanwhil
 #[test]
 fn two_prunes_at_once_do_no_harm() {
     let (base, expected) = busy();
-    with_every_call(
-        &base,
-        &expected,
-        "prune",
-        Arc::new(|repository, _| {
-            run_prune(repository);
-        }),
-    );
+    with_every_call(&base, &expected, "prune", Arc::new(|repository, _| prune_beside(repository)));
 }
 
 #[test]
@@ -403,7 +421,7 @@ fn a_slow_prune_does_not_doom_what_a_fast_one_has_spared() {
         &expected,
         "overtaken",
         Arc::new(|repository, expected| {
-            run_prune(repository);
+            prune_beside(repository);
             let reused: Files = files(3, 40, 5000).into_iter().take(20).collect();
             let list = repository.list_snapshots().unwrap();
             let old = list.snapshots.iter().find(|(id, _)| expected[id] == reused).unwrap().0;
@@ -486,7 +504,7 @@ fn a_decision_holds_for_every_prune_that_finds_it_later() {
                 if let Some((id, late @ None)) = &mut *second.lock().unwrap()
                     && calls.fetch_add(1, Ordering::SeqCst) == at
                 {
-                    run_prune(&other);
+                    prune_beside(&other);
                     other.forget(*id, now(other.store())).unwrap();
                     let writer = begin(&other).unwrap();
                     let snapshot = fill(&writer, &other, &reused).unwrap();

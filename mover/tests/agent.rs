@@ -8,12 +8,16 @@ mod cluster;
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use chunkstore::record::Snapshot;
+use chunkstore::repository::Repository;
 use cluster::*;
 use mover::monitor::Silent;
 use mover::restore::{Request, RestoreOptions, restore};
+use objects::testing::conditions_ignored;
 use objects::testing::proxy::{Fault, Proxy};
 use objects::testing::server::TestServer;
 use proto::v1::finished::Outcome;
@@ -44,19 +48,27 @@ fn restored(volume: &Volume, snapshot: &str, marker: &str) -> Work {
     })
 }
 
+/// What the command makes of a volume's snapshot: the volume, and nothing beside.
+fn restores_elsewhere(repository: &Repository, snapshot: &Snapshot, source: &Path) {
+    let elsewhere = tempfile::tempdir().unwrap();
+    restore(&Request {
+        repository,
+        root: (snapshot.root, snapshot.level),
+        subpath: b"",
+        target: elsewhere.path(),
+        opened: None,
+        filter: None,
+        options: RestoreOptions::default(),
+        monitor: &Silent,
+    })
+    .unwrap();
+    assert_same(source, elsewhere.path());
+    assert!(!elsewhere.path().join(".velero").exists());
+}
+
 #[test]
 fn volumes_are_saved_and_restored_over_and_over() {
-    saved_and_restored(&Location::new(), "create-if-absent");
-}
-
-/// As OBS has to be assumed to.
-#[test]
-fn volumes_are_saved_and_restored_where_the_store_ignores_the_condition() {
-    let proxy = Proxy::without_conditions(&TestServer::from_env());
-    saved_and_restored(&Location::behind(&proxy), "time-fenced");
-}
-
-fn saved_and_restored(location: &Location, register: &str) {
+    let location = Location::new();
     let controller = Controller::start();
     let (node, hello) = Node::connected(&controller, &["--memory", "96M", "--log-format", "json"]);
     assert_eq!((&*hello.node, hello.capacity, hello.memory_bytes), ("node-1", 1, 96 << 20));
@@ -66,6 +78,7 @@ fn saved_and_restored(location: &Location, register: &str) {
         other => panic!("{other:?}"),
     };
     let first = opened(controller.run(&location.create()));
+    let register = if conditions_ignored() { "time-fenced" } else { "create-if-absent" };
     assert!(first.created && first.register == register, "{first:?}");
     let again = opened(controller.run(&location.create()));
     assert!(!again.created && again.repository_id == first.repository_id);
@@ -89,20 +102,7 @@ fn saved_and_restored(location: &Location, register: &str) {
     let tag = |name: &str| snapshot.tags.get(name).map(String::as_str);
     assert_eq!((tag("job"), tag("backup")), (Some("b-1"), Some("daily")));
     assert_eq!((&*snapshot.lineage, &*snapshot.host), ("pvc/default/data/1", "default/web-0"));
-    let elsewhere = tempfile::tempdir().unwrap();
-    restore(&Request {
-        repository: &repository,
-        root: (snapshot.root, snapshot.level),
-        subpath: b"",
-        target: elsewhere.path(),
-        opened: None,
-        filter: None,
-        options: RestoreOptions::default(),
-        monitor: &Silent,
-    })
-    .unwrap();
-    assert_same(&source, elsewhere.path());
-    assert!(!elsewhere.path().join(".velero").exists());
+    restores_elsewhere(&repository, &snapshot, &source);
 
     // The next one reads only what has changed, compared with the given parent.
     std::thread::sleep(Duration::from_secs(3)); // changes of the last two are not trusted to be seen
@@ -235,16 +235,7 @@ fn jobs_go_on_without_a_stream_and_are_reported_until_recorded() {
 
 #[test]
 fn a_killed_agent_continues_where_it_was() {
-    killed_and_continued(Location::new());
-}
-
-#[test]
-fn a_killed_agent_continues_where_the_store_ignores_the_condition() {
-    let proxy = Proxy::without_conditions(&TestServer::from_env());
-    killed_and_continued(Location::behind(&proxy));
-}
-
-fn killed_and_continued(mut location: Location) {
+    let mut location = Location::new();
     let controller = Controller::start();
     let (mut node, _) = Node::connected(&controller, &["--memory", "96M"]);
     controller.run(&location.create());
@@ -474,7 +465,10 @@ fn what_goes_wrong_is_told_by_its_kind_and_without_secrets() {
     expect(folder, FailureKind::Invalid, "s3://");
     let bucket = with(&|repository| repository.url = "s3://ebackup-never-made/x".to_owned());
     expect(bucket, FailureKind::StoreUnreachable, "make the bucket");
-    let distrusted = with(&|repository| repository.ca_certificates.clear());
+    let distrusted = with(&|repository| {
+        repository.endpoint = TestServer::direct_from_env().endpoint("127.0.0.1");
+        repository.ca_certificates.clear();
+    });
     expect(distrusted, FailureKind::StoreUnreachable, "certificate");
     expect(Job { work: None, ..plain() }, FailureKind::Unsupported, "upgrade");
     let none = "0".repeat(32);

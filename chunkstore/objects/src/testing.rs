@@ -68,6 +68,20 @@ impl Op {
     }
 }
 
+/// Whether [`MemoryStore`] and the S3 server shall ignore that an object is to be created only if it
+/// is absent, as OBS may: so everything that relies on it can be tested once with and once without.
+/// The environment says so, `EBACKUP_TEST_CONDITIONS=ignored`.
+///
+/// # Panics
+/// When it says something else.
+pub fn conditions_ignored() -> bool {
+    match std::env::var("EBACKUP_TEST_CONDITIONS").as_deref() {
+        Err(_) => false,
+        Ok("ignored") => true,
+        Ok(other) => panic!("EBACKUP_TEST_CONDITIONS is '{other}', and can only be 'ignored'"),
+    }
+}
+
 /// A local store in a new temporary directory, which goes when the first value is dropped.
 ///
 /// # Panics

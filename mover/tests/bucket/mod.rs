@@ -28,13 +28,13 @@ impl Session {
         server.make_bucket(&server.config(BUCKET, ""));
         let url = format!("s3://{BUCKET}/{}", fresh("test"));
         let dir = tempfile::tempdir().unwrap();
-        let endpoint = format!("https://s3.test:{}", server.tls_port);
+        let endpoint = server.endpoint("s3.test");
         Self { key: server.key.clone(), server, endpoint, url, dir }
     }
 
     /// In front of whose server a proxy stands from now on.
     pub(crate) fn through(mut self, proxy: &Proxy) -> Self {
-        self.endpoint = format!("http://s3.test:{}", proxy.server().port);
+        self.endpoint = proxy.server().endpoint("s3.test");
         self
     }
 

@@ -354,7 +354,7 @@ impl Location {
         let repository = proto::v1::Repository {
             location: "default".to_owned(),
             url: format!("s3://{BUCKET}/{prefix}"),
-            endpoint: format!("https://127.0.0.1:{}", server.tls_port),
+            endpoint: server.endpoint("127.0.0.1"),
             addressing: Addressing::Path.into(),
             ca_certificates: fs::read(&server.ca).unwrap(),
             credentials: Some(credentials(&server.key, &server.secret)),
@@ -367,7 +367,7 @@ impl Location {
     /// As [`new`](Self::new), reached through a proxy.
     pub fn behind(proxy: &Proxy) -> Self {
         let mut location = Self::new();
-        location.repository.endpoint = format!("http://127.0.0.1:{}", proxy.server().port);
+        location.repository.endpoint = proxy.server().endpoint("127.0.0.1");
         location
     }
 

@@ -6,15 +6,20 @@ use std::ops::Bound;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::conditions_ignored;
 use crate::key;
 use crate::{Created, DATE_TOLERANCE, Error, ErrorKind, ObjectMeta, ObjectStore, Result};
 
 /// A store in memory.
 ///
 /// Its clock stands still, from 2025-01-01 00:00 UTC on, until [`set_now`](Self::set_now) sets it.
+/// It creates only what is absent, unless [`conditions_ignored`] says otherwise.
 /// To share one, put it into an [`Arc`]; to get an independent copy, [`fork`](Self::fork) it.
 #[derive(Debug)]
-pub struct MemoryStore(Mutex<State>);
+pub struct MemoryStore {
+    conditional: bool,
+    state: Mutex<State>,
+}
 
 #[derive(Debug, Clone)]
 struct State {
@@ -31,7 +36,8 @@ struct Object {
 impl Default for MemoryStore {
     fn default() -> Self {
         let now = UNIX_EPOCH + Duration::from_secs(1_735_689_600);
-        Self(Mutex::new(State { now, objects: BTreeMap::new() }))
+        let state = Mutex::new(State { now, objects: BTreeMap::new() });
+        Self { conditional: !conditions_ignored(), state }
     }
 }
 
@@ -50,7 +56,7 @@ impl MemoryStore {
     /// it. Bodies are shared, so this is cheap; changes to either do not show in the other.
     #[must_use]
     pub fn fork(&self) -> Self {
-        Self(Mutex::new(self.state().clone()))
+        Self { conditional: self.conditional, state: Mutex::new(self.state().clone()) }
     }
 
     /// All keys in order.
@@ -71,7 +77,7 @@ impl MemoryStore {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn body(&self, op: &'static str, key: &str) -> Result<Object> {
@@ -119,7 +125,7 @@ impl ObjectStore for MemoryStore {
         key::validate("create", key)?;
         let body = parts.iter().flat_map(|part| part.iter().copied()).collect();
         let mut state = self.state();
-        if state.objects.contains_key(key) {
+        if self.conditional && state.objects.contains_key(key) {
             return Ok(Created::AlreadyExists);
         }
         state.check_place("create", key)?;

@@ -141,7 +141,7 @@ impl Proxy {
 
     /// The server as it is reached through here, without TLS.
     pub fn server(&self) -> TestServer {
-        TestServer { port: self.port, ..self.shared.server.clone() }
+        TestServer { port: self.port, tls_port: None, ..self.shared.server.clone() }
     }
 
     /// What was asked so far, in the order in which it came.
@@ -262,10 +262,13 @@ fn forward(port: u16, request: &Request, body: &[u8]) -> io::Result<Vec<u8>> {
     for (name, value) in headers.iter().filter(|(name, _)| name != "connection") {
         head += &format!("{name}: {value}\r\n");
     }
-    store.write_all(format!("{head}\r\n").as_bytes())?;
-    store.write_all(body)?;
+    // A store may answer and hang up before it has heard all.
+    let sent = store.write_all(&[head.as_bytes(), b"\r\n", body].concat());
     let mut reader = BufReader::new(store);
     let lines = read_head(&mut reader)?;
+    if lines.is_empty() {
+        return Err(sent.err().unwrap_or_else(|| io::ErrorKind::UnexpectedEof.into()));
+    }
     let is_connection = |line: &str| line.to_ascii_lowercase().starts_with("connection:");
     let kept: Vec<_> = lines.into_iter().filter(|line| !is_connection(line)).collect();
     let mut answer = format!("{}\r\nconnection: close\r\n\r\n", kept.join("\r\n")).into_bytes();

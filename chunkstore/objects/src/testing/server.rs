@@ -4,12 +4,15 @@ use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
 use aws_sdk_s3::Client;
 use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 
+use super::conditions_ignored;
+use super::proxy::Proxy;
 use crate::s3::{Addressing, CredentialSource, S3Config, S3Store};
 
 /// How to reach the server.
@@ -17,8 +20,8 @@ use crate::s3::{Addressing, CredentialSource, S3Config, S3Store};
 pub struct TestServer {
     /// Port of its plain endpoint on this machine.
     pub port: u16,
-    /// Port of its TLS endpoint.
-    pub tls_port: u16,
+    /// Port of its TLS endpoint, if it has one.
+    pub tls_port: Option<u16>,
     /// Certificate of the authority that signed its own.
     pub ca: PathBuf,
     /// Access key of a user who may do everything.
@@ -41,11 +44,25 @@ pub fn fresh(name: &str) -> String {
 }
 
 impl TestServer {
-    /// The server named by the environment.
+    /// The server named by the environment; where [`conditions_ignored`], through a proxy that
+    /// strips them, without TLS.
     ///
     /// # Panics
     /// When there is none: such a test cannot pass, and must not seem to.
     pub fn from_env() -> Self {
+        static IGNORING: OnceLock<Proxy> = OnceLock::new();
+        let server = Self::direct_from_env();
+        if conditions_ignored() {
+            return IGNORING.get_or_init(|| Proxy::without_conditions(&server)).server();
+        }
+        server
+    }
+
+    /// The server named by the environment, with TLS and without a proxy in any case.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn direct_from_env() -> Self {
         let var = |name: &str| {
             std::env::var(name).unwrap_or_else(|_| {
                 panic!(
@@ -57,7 +74,7 @@ impl TestServer {
         let port = |name| var(name).parse().expect("a port is a number");
         Self {
             port: port("EBACKUP_TEST_S3_PORT"),
-            tls_port: port("EBACKUP_TEST_S3_TLS_PORT"),
+            tls_port: Some(port("EBACKUP_TEST_S3_TLS_PORT")),
             ca: var("EBACKUP_TEST_S3_CA").into(),
             key: var("EBACKUP_TEST_S3_KEY"),
             secret: var("EBACKUP_TEST_S3_SECRET"),
@@ -73,11 +90,19 @@ impl TestServer {
         let var = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
         Some(Self {
             port: port.parse().expect("a port is a number"),
-            tls_port: 0,
+            tls_port: None,
             ca: PathBuf::new(),
             key: var("EBACKUP_TEST_GARAGE_KEY"),
             secret: var("EBACKUP_TEST_GARAGE_SECRET"),
         })
+    }
+
+    /// Its endpoint under a name, by TLS if it has that.
+    pub fn endpoint(&self, name: &str) -> String {
+        match self.tls_port {
+            Some(port) => format!("https://{name}:{port}"),
+            None => format!("http://{name}:{}", self.port),
+        }
     }
 
     /// The configuration for a bucket, by virtual host and without TLS.
@@ -91,9 +116,10 @@ impl TestServer {
     /// The same by TLS.
     ///
     /// # Panics
-    /// When the name cannot be one of a bucket.
+    /// When it has none, or the name cannot be one of a bucket.
     pub fn tls_config(&self, bucket: &str, prefix: &str) -> S3Config {
-        let config = self.config_at(&format!("https://s3.test:{}", self.tls_port), bucket, prefix);
+        assert!(self.tls_port.is_some(), "it has no TLS endpoint");
+        let config = self.config_at(&self.endpoint("s3.test"), bucket, prefix);
         S3Config { ca_file: Some(self.ca.clone()), ..config }
     }
 
@@ -242,7 +268,7 @@ impl OwnServer {
     pub fn server(&self) -> TestServer {
         TestServer {
             port: self.port,
-            tls_port: self.port + 1,
+            tls_port: Some(self.port + 1),
             ca: self.dir.path().join("tls/ca.pem"),
             key: "testaccesskey".to_owned(),
             secret: "testsecretkey12345".to_owned(),
