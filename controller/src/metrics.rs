@@ -1,5 +1,7 @@
 //! All that the controller counts, as `/metrics` shows it.
 
+use std::sync::atomic::AtomicU64;
+
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -120,10 +122,14 @@ pub struct Metrics {
     pub jobs_ended: Family<Ended, Counter>,
     /// Failures of jobs by what failed.
     pub failures: Family<ByFailure, Counter>,
-    /// Bytes of files that backups read.
+    /// Bytes of the volumes that were saved.
+    pub saved: Counter,
+    /// Bytes of them that had to be read.
     pub read: Counter,
     /// Bytes that backups added to repositories.
     pub stored: Counter,
+    /// How many bytes were saved for each that was stored, so far.
+    pub dedup_ratio: Gauge<f64, AtomicU64>,
     /// Bytes that restores wrote.
     pub restored: Counter,
     /// Locations: 1 when available, else 0.
@@ -141,8 +147,10 @@ impl Default for Metrics {
             jobs: Family::default(),
             jobs_ended: Family::default(),
             failures: Family::default(),
+            saved: Counter::default(),
             read: Counter::default(),
             stored: Counter::default(),
+            dedup_ratio: Gauge::default(),
             restored: Counter::default(),
             location_available: Family::default(),
         };
@@ -165,9 +173,12 @@ impl Metrics {
         let mut bytes = |name: &str, help: &str, counter: &Counter| {
             all.register_with_unit(name, help, Unit::Bytes, counter.clone());
         };
-        bytes("read", "Bytes of files that backups read", &self.read);
-        bytes("stored", "Bytes that backups added to repositories", &self.stored);
-        bytes("restored", "Bytes that restores wrote", &self.restored);
+        bytes("saved", "Bytes of saved volumes", &self.saved);
+        bytes("read", "Bytes of them that had to be read", &self.read);
+        bytes("stored", "Bytes added to repositories", &self.stored);
+        bytes("restored", "Bytes written to volumes", &self.restored);
+        let ratio = self.dedup_ratio.clone();
+        all.register("dedup_ratio", "Bytes saved for each byte stored, so far", ratio);
         let available = self.location_available.clone();
         all.register("location_available", "Whether a location is available", available);
     }
@@ -195,8 +206,10 @@ impl Metrics {
             }
             None => Outcome::Failed,
             Some(Said::Saved(saved)) => {
+                self.saved.inc_by(saved.bytes);
                 self.read.inc_by(saved.bytes_read);
                 self.stored.inc_by(saved.bytes_stored);
+                self.dedup_ratio.set(self.saved.get() as f64 / self.stored.get().max(1) as f64);
                 Outcome::Completed
             }
             Some(Said::Restored(restored)) => {
@@ -253,10 +266,14 @@ mod tests {
         metrics.streams.inc();
         metrics.agents_connected.set(2);
         metrics.refuse(Reason::NotAnAgent);
-        metrics.end(JobKind::Backup, Outcome::Completed);
         metrics.fail(FailureKind::StoreDenied);
         metrics.pending(JobKind::Restore, Stage::Waiting, 3);
-        metrics.stored.inc_by(7);
+        for (bytes, bytes_stored) in [(100, 40), (60, 0)] {
+            let saved = proto::v1::Saved { bytes, bytes_stored, ..Default::default() };
+            let outcome = proto::v1::finished::Outcome::Saved(saved);
+            let finished = Finished { outcome: Some(outcome), ..Default::default() };
+            metrics.finished(JobKind::Backup, &finished);
+        }
         metrics.location("default", true);
         metrics.location("gone", false);
         metrics.forget_location("gone");
@@ -265,10 +282,12 @@ mod tests {
             "ebackup_streams_total 1",
             "ebackup_agents_connected 2",
             "ebackup_refused_total{reason=\"NotAnAgent\"} 1",
-            "ebackup_jobs_ended_total{kind=\"Backup\",outcome=\"Completed\"} 1",
+            "ebackup_jobs_ended_total{kind=\"Backup\",outcome=\"Completed\"} 2",
             "ebackup_failures_total{kind=\"StoreDenied\"} 1",
             "ebackup_jobs{kind=\"Restore\",stage=\"Waiting\"} 3",
-            "ebackup_stored_bytes_total 7",
+            "ebackup_saved_bytes_total 160",
+            "ebackup_stored_bytes_total 40",
+            "ebackup_dedup_ratio 4.0",
             "ebackup_location_available{location=\"default\"} 1",
             "ebackup_leader 0",
         ];

@@ -46,6 +46,7 @@ pub(super) struct Metrics {
     bytes_saved: Counter<u64, AtomicU64>,
     bytes_read: Counter<u64, AtomicU64>,
     bytes_stored: Counter<u64, AtomicU64>,
+    dedup_ratio: Gauge<f64, AtomicU64>,
     bytes_restored: Counter<u64, AtomicU64>,
     requests: Family<Request, Counter>,
     sent: Counter<u64, AtomicU64>,
@@ -67,6 +68,7 @@ impl Metrics {
             bytes_saved: Counter::default(),
             bytes_read: Counter::default(),
             bytes_stored: Counter::default(),
+            dedup_ratio: Gauge::default(),
             bytes_restored: Counter::default(),
             requests: Family::default(),
             sent: Counter::default(),
@@ -94,6 +96,8 @@ impl Metrics {
         bytes("restored", "Bytes written to volumes", &new.bytes_restored);
         bytes("store_sent", "Bytes sent to stores", &new.sent);
         bytes("store_received", "Bytes received from stores", &new.received);
+        let ratio = new.dedup_ratio.clone();
+        all.register("dedup_ratio", "Bytes saved for each byte stored, so far", ratio);
         let budget = Gauge::<i64, AtomicI64>::default();
         budget.set(i64::try_from(memory_bytes).unwrap_or(i64::MAX));
         let help = "Memory that all jobs share";
@@ -133,6 +137,8 @@ impl Metrics {
                 self.bytes_saved.inc_by(saved.bytes);
                 self.bytes_read.inc_by(saved.bytes_read);
                 self.bytes_stored.inc_by(saved.bytes_stored);
+                let stored = self.bytes_stored.get().max(1);
+                self.dedup_ratio.set(self.bytes_saved.get() as f64 / stored as f64);
             }
             Some(Outcome::Restored(restored)) => {
                 self.bytes_restored.inc_by(restored.bytes_written);
@@ -193,6 +199,7 @@ mod tests {
             r#"ebackup_agent_failures_total{kind="Stalled"} 1"#,
             "ebackup_agent_memory_budget_bytes 100663296",
             "ebackup_agent_saved_bytes_total 200",
+            "ebackup_agent_dedup_ratio 10.0",
             "ebackup_agent_warnings_total 6",
             r#"ebackup_agent_store_requests_total{kind="write"} 5"#,
             "ebackup_agent_store_sent_bytes_total 7",
