@@ -279,27 +279,47 @@ fn pod_of_many(cluster: &Cluster, namespace: &str, count: u32) -> Value {
     })
 }
 
-/// The PodVolumeBackups of all volumes of such a pod.
+/// The PodVolumeBackups or -Restores of all volumes of such a pod.
 struct Many<'a> {
     cluster: &'a Cluster,
+    kind: &'static str,
+    /// A label that all of them have, and its value.
+    label: &'static str,
     group: String,
-    count: u32,
+    count: usize,
 }
 
 impl<'a> Many<'a> {
-    fn begin(cluster: &'a Cluster, group: &str, pod: &Value, count: u32) -> Self {
+    fn save(cluster: &'a Cluster, group: &str, pod: &Value, count: u32) -> Self {
+        let label = "velero.io/backup-name";
         for n in 0..count {
             let mut backup = cluster.backup(&format!("{group}-{n}"), pod);
-            backup["metadata"]["labels"]["velero.io/backup-name"] = group.into();
+            backup["metadata"]["labels"][label] = group.into();
             backup["spec"]["volume"] = format!("v{n}").into();
             cluster.apply(&backup);
         }
-        Self { cluster, group: group.to_owned(), count }
+        let (group, count) = (group.to_owned(), count as usize);
+        Self { cluster, kind: "podvolumebackups", label, group, count }
+    }
+
+    /// Into the volumes of another pod, which are called as they were.
+    fn restore(cluster: &'a Cluster, namespace: &str, pod: &str, backups: &[Value]) -> Self {
+        let volume = |backup: &Value| backup["spec"]["volume"].as_str().unwrap().to_owned();
+        let volumes: Vec<_> =
+            backups.iter().map(|backup| (volume(backup), snapshot(backup))).collect();
+        cluster.begin_restore(namespace, pod, &volumes);
+        Self {
+            cluster,
+            kind: "podvolumerestores",
+            label: "velero.io/restore-name",
+            group: format!("{namespace}-{pod}"),
+            count: volumes.len(),
+        }
     }
 
     fn all(&self) -> Vec<Value> {
-        let all = self.cluster.list("podvolumebackups", NAMESPACE);
-        let own = |one: &Value| one["metadata"]["labels"]["velero.io/backup-name"] == *self.group;
+        let all = self.cluster.list(self.kind, NAMESPACE);
+        let own = |one: &Value| one["metadata"]["labels"][self.label] == *self.group;
         all.into_iter().filter(own).collect()
     }
 
@@ -321,58 +341,69 @@ impl<'a> Many<'a> {
 
     /// Waits until all have ended as they should, and gives them.
     fn completed(&self) -> Vec<Value> {
-        self.until_done(self.count as usize);
+        self.until_done(self.count);
         let all = self.all();
-        for backup in &all {
-            assert_eq!(backup["status"]["phase"], "Completed", "{backup}");
+        for one in &all {
+            assert_eq!(one["status"]["phase"], "Completed", "{one}");
         }
         all
     }
 }
 
-/// Twenty volumes, of which no more than three are in flight, while everything is killed once.
+/// Kills all pods of a part of the product at once.
+fn kill(cluster: &Cluster, label: &str) {
+    let now = ["--grace-period=0", "--force", "--wait=false"];
+    let which = ["-n", NAMESPACE, "delete", "pod", "-l", label];
+    cluster.kubectl(&[&which[..], &now].concat());
+}
+
+/// Twenty volumes, of which no more than three are in flight, while everything is killed once, on the way there and
+/// on the way back.
 #[test]
 fn twenty_volumes_survive_the_death_of_every_part() {
     let cluster = Cluster::get();
     let namespace = cluster.namespace("twenty");
     let pod = pod_of_many(&cluster, &namespace, 20);
-    let many = Many::begin(&cluster, &namespace, &pod, 20);
-    let kill = |label: &str| {
-        let now = ["--grace-period=0", "--force", "--wait=false"];
-        let which = ["-n", NAMESPACE, "delete", "pod", "-l", label];
-        cluster.kubectl(&[&which[..], &now].concat());
-    };
+    let many = Many::save(&cluster, &namespace, &pod, 20);
     many.until_done(2);
-    kill("component=velero");
+    kill(&cluster, "component=velero");
     many.until_done(5);
-    kill("name=node-agent");
+    kill(&cluster, "name=node-agent");
     many.until_done(8);
     cluster.kill_api_server();
     many.until_done(10);
     cluster.kill_s3_server();
     many.until_done(12);
-    kill("component=velero");
-    kill("name=node-agent");
+    kill(&cluster, "component=velero");
+    kill(&cluster, "name=node-agent");
     let backups = many.completed();
     cluster.wait_until_ready();
-    // Bit for bit, with nothing but the bucket.
+    // With nothing but the bucket.
     for backup in &backups {
-        let volume = backup["spec"]["volume"].as_str().unwrap();
-        let number = volume.strip_prefix('v').unwrap();
-        assert_eq!(
-            ebackup(&cluster, &["dump", &snapshot(backup), "number"]),
-            format!("{number}\n")
-        );
-        let folder = tempfile::tempdir().unwrap();
-        let target = folder.path().to_str().unwrap();
-        ebackup(&cluster, &["restore", &snapshot(backup), "--target", target]);
-        let restored = Command::new("md5sum")
-            .stdin(std::fs::File::open(folder.path().join("noise")).unwrap())
-            .output()
-            .unwrap();
-        let sum = cluster.exec(&namespace, "source", &format!("md5sum < /data/{volume}/noise"));
-        assert_eq!(String::from_utf8(restored.stdout).unwrap(), sum, "{volume}");
+        let number = backup["spec"]["volume"].as_str().unwrap().strip_prefix('v').unwrap();
+        let dumped = ebackup(&cluster, &["dump", &snapshot(backup), "number"]);
+        assert_eq!(dumped, format!("{number}\n"));
     }
+
+    let many = Many::restore(&cluster, &namespace, "target", &backups);
+    many.until_done(1);
+    kill(&cluster, "name=node-agent");
+    many.until_done(5);
+    kill(&cluster, "component=velero");
+    many.until_done(9);
+    cluster.kill_s3_server();
+    many.until_done(12);
+    cluster.kill_api_server();
+    many.until_done(15);
+    kill(&cluster, "component=velero");
+    kill(&cluster, "name=node-agent");
+    many.completed();
+    cluster.wait_until_ready();
+    cluster.wait_for_pod(&namespace, "target");
+    let [source, target] =
+        ["source", "target"].map(|pod| cluster.exec(&namespace, pod, FINGERPRINT));
+    assert!(source.matches("noise").count() >= 20, "{source}");
+    assert_eq!(target, source, "bit for bit");
 }
 
 /// As an upgrade does it: the old programs are told to end while new ones start.
@@ -381,7 +412,7 @@ fn a_rolling_restart_of_everything_loses_no_volume() {
     let cluster = Cluster::get();
     let namespace = cluster.namespace("rolling");
     let pod = pod_of_many(&cluster, &namespace, 8);
-    let many = Many::begin(&cluster, &namespace, &pod, 8);
+    let many = Many::save(&cluster, &namespace, &pod, 8);
     many.until_done(2);
     cluster.kubectl(&["-n", NAMESPACE, "rollout", "restart", "daemonset/node-agent"]);
     cluster.kubectl(&["-n", NAMESPACE, "rollout", "restart", "deployment/velero"]);

@@ -240,11 +240,26 @@ impl Cluster {
         self.wait_for_phase("podvolumebackup", NAMESPACE, name, "Completed")
     }
 
-    /// Makes a pod whose volume `data` waits for what a restore puts into it, as Velero makes one, and a
-    /// PodVolumeRestore; waits until it is done and the pod is ready.
+    /// Restores a snapshot into the volume `data` of a new pod, and waits until that is ready.
     pub(crate) fn restore(&self, namespace: &str, name: &str, snapshot: &str) {
-        let restore_name = format!("{namespace}-{name}");
-        let uid = format!("{restore_name}-uid");
+        self.begin_restore(namespace, name, &[("data".to_owned(), snapshot.to_owned())]);
+        let restore = format!("{namespace}-{name}-data");
+        self.wait_for_phase("podvolumerestore", NAMESPACE, &restore, "Completed");
+        self.wait_for_pod(namespace, name);
+    }
+
+    /// Makes a pod whose volumes wait for what restores put into them, as Velero makes one, and a
+    /// PodVolumeRestore of a snapshot for each. A volume other than `data` is at `/data/NAME`.
+    pub(crate) fn begin_restore(&self, namespace: &str, name: &str, volumes: &[(String, String)]) {
+        let group = format!("{namespace}-{name}");
+        let uid = format!("{group}-uid");
+        let empty = |(volume, _): &(String, String)| json!({ "name": volume, "emptyDir": {} });
+        let restored = |(volume, _): &(String, String)| json!({ "name": volume, "mountPath": format!("/restores/{volume}") });
+        let mount = |(volume, _): &(String, String)| {
+            let path =
+                if volume == "data" { "/data".to_owned() } else { format!("/data/{volume}") };
+            json!({ "name": volume, "mountPath": path })
+        };
         let pod = json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": { "name": name, "namespace": namespace },
@@ -258,36 +273,35 @@ impl Cluster {
                         "runAsNonRoot": true, "runAsUser": 1000, "allowPrivilegeEscalation": false,
                         "capabilities": { "drop": ["ALL"] }, "seccompProfile": { "type": "RuntimeDefault" },
                     },
-                    "volumeMounts": [{ "name": "data", "mountPath": "/restores/data" }],
+                    "volumeMounts": volumes.iter().map(restored).collect::<Vec<_>>(),
                 }],
                 "containers": [{
                     "name": "main", "image": "busybox:test", "imagePullPolicy": "Never",
                     "command": ["sleep", "1000000"],
-                    "volumeMounts": [{ "name": "data", "mountPath": "/data" }],
+                    "volumeMounts": volumes.iter().map(mount).collect::<Vec<_>>(),
                 }],
-                "volumes": [{ "name": "data", "emptyDir": {} }],
+                "volumes": volumes.iter().map(empty).collect::<Vec<_>>(),
             },
         });
         apply(&pod);
         let pod = wait("the pod to exist", || self.find("pod", namespace, name));
-        let restore = json!({
-            "apiVersion": "velero.io/v1", "kind": "PodVolumeRestore",
-            "metadata": {
-                "name": restore_name, "namespace": NAMESPACE,
-                "labels": {
-                    "velero.io/restore-name": "by-hand", "velero.io/restore-uid": uid,
-                    "velero.io/pod-uid": pod["metadata"]["uid"],
+        for (volume, snapshot) in volumes {
+            apply(&json!({
+                "apiVersion": "velero.io/v1", "kind": "PodVolumeRestore",
+                "metadata": {
+                    "name": format!("{group}-{volume}"), "namespace": NAMESPACE,
+                    "labels": {
+                        "velero.io/restore-name": group, "velero.io/restore-uid": uid,
+                        "velero.io/pod-uid": pod["metadata"]["uid"],
+                    },
                 },
-            },
-            "spec": {
-                "pod": { "kind": "Pod", "namespace": namespace, "name": name, "uid": pod["metadata"]["uid"] },
-                "volume": "data", "backupStorageLocation": "default", "repoIdentifier": "",
-                "snapshotID": snapshot, "sourceNamespace": namespace,
-            },
-        });
-        apply(&restore);
-        self.wait_for_phase("podvolumerestore", NAMESPACE, &restore_name, "Completed");
-        self.wait_for_pod(namespace, name);
+                "spec": {
+                    "pod": { "kind": "Pod", "namespace": namespace, "name": name, "uid": pod["metadata"]["uid"] },
+                    "volume": volume, "backupStorageLocation": "default", "repoIdentifier": "",
+                    "snapshotID": snapshot, "sourceNamespace": namespace,
+                },
+            }));
+        }
     }
 
     /// Runs a script of `deploy/examples`, which has to succeed; its standard output.
