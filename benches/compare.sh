@@ -12,7 +12,8 @@
 #                   restored is removed at the end, since ext4 is slow to give out inodes freed minutes ago
 #   ROUNDS          rounds of which the median is taken [3]
 #
-# What is fair about it: every tool reads data from a warm page cache, in turn (A, B, A, B), with its own
+# What is fair about it: every tool reads data from a warm page cache, in turn (A B C, then B C A: whoever comes first gets
+# the memory that nobody used lately, which on a virtual machine can double the time), with its own
 # defaults, to repositories on one file system. Before all, most free memory is touched once, because
 # memory a virtual machine never touched is slow at first, which would burden whoever runs first.
 # What is not: restic's and rustic's passwords are stretched by scrypt (about half a second of CPU for
@@ -211,7 +212,7 @@ compare() { # set
       "${words[@]}" >/dev/null 2>&1
     done
     for op in first again restore; do
-      for tool in "${TOOLS[@]}"; do
+      for tool in "${TOOLS[@]:(round - 1) % ${#TOOLS[@]}}" "${TOOLS[@]:0:(round - 1) % ${#TOOLS[@]}}"; do
         warm "$source"
         settle
         run_tool "$set/$op/$tool" "$tool" "$op" "$WORK/repo/$tool" "$source" "$WORK/target/$set.$round/$tool"
