@@ -128,7 +128,7 @@ pub struct Metrics {
     pub read: Counter,
     /// Bytes that backups added to repositories.
     pub stored: Counter,
-    /// How many bytes were saved for each that was stored, so far.
+    /// How many bytes were saved for each that was stored, since the start; none at first.
     pub dedup_ratio: Gauge<f64, AtomicU64>,
     /// Bytes that restores wrote.
     pub restored: Counter,
@@ -154,6 +154,7 @@ impl Default for Metrics {
             restored: Counter::default(),
             location_available: Family::default(),
         };
+        metrics.dedup_ratio.set(f64::NAN);
         metrics.register();
         metrics
     }
@@ -175,10 +176,10 @@ impl Metrics {
         };
         bytes("saved", "Bytes of saved volumes", &self.saved);
         bytes("read", "Bytes of them that had to be read", &self.read);
-        bytes("stored", "Bytes added to repositories", &self.stored);
+        bytes("stored", "Bytes that backups added to repositories", &self.stored);
         bytes("restored", "Bytes written to volumes", &self.restored);
         let ratio = self.dedup_ratio.clone();
-        all.register("dedup_ratio", "Bytes saved for each byte stored, so far", ratio);
+        all.register("dedup_ratio", "Bytes saved for each byte stored, since the start", ratio);
         let available = self.location_available.clone();
         all.register("location_available", "Whether a location is available", available);
     }
@@ -209,7 +210,9 @@ impl Metrics {
                 self.saved.inc_by(saved.bytes);
                 self.read.inc_by(saved.bytes_read);
                 self.stored.inc_by(saved.bytes_stored);
-                self.dedup_ratio.set(self.saved.get() as f64 / self.stored.get().max(1) as f64);
+                if self.stored.get() > 0 {
+                    self.dedup_ratio.set(self.saved.get() as f64 / self.stored.get() as f64);
+                }
                 Outcome::Completed
             }
             Some(Said::Restored(restored)) => {
@@ -268,11 +271,13 @@ mod tests {
         metrics.refuse(Reason::NotAnAgent);
         metrics.fail(FailureKind::StoreDenied);
         metrics.pending(JobKind::Restore, Stage::Waiting, 3);
-        for (bytes, bytes_stored) in [(100, 40), (60, 0)] {
+        for (bytes, bytes_stored, ratio) in [(60, 0, "NaN"), (100, 40, "4.0")] {
             let saved = proto::v1::Saved { bytes, bytes_stored, ..Default::default() };
             let outcome = proto::v1::finished::Outcome::Saved(saved);
             let finished = Finished { outcome: Some(outcome), ..Default::default() };
             metrics.finished(JobKind::Backup, &finished);
+            let line = format!("ebackup_dedup_ratio {ratio}\n");
+            assert!(metrics.text().unwrap().contains(&line), "{line}");
         }
         metrics.location("default", true);
         metrics.location("gone", false);
@@ -287,7 +292,6 @@ mod tests {
             "ebackup_jobs{kind=\"Restore\",stage=\"Waiting\"} 3",
             "ebackup_saved_bytes_total 160",
             "ebackup_stored_bytes_total 40",
-            "ebackup_dedup_ratio 4.0",
             "ebackup_location_available{location=\"default\"} 1",
             "ebackup_leader 0",
         ];

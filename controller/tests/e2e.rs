@@ -335,7 +335,13 @@ impl<'a> Many<'a> {
             };
             let running = count(&["Accepted", "InProgress"]);
             assert!(running <= 3, "{running} volumes are in flight at once");
-            (count(&["Completed", "Failed", "Canceled"]) >= at_least).then_some(())
+            let done = count(&["Completed", "Failed", "Canceled"]);
+            let too_late = done == self.count && at_least < done;
+            assert!(
+                !too_late,
+                "all are done: what should follow {at_least} of them comes to nothing"
+            );
+            (done >= at_least).then_some(())
         });
     }
 

@@ -62,7 +62,7 @@ const TEST: &[Step] = &[
             "--tests",
         ],
     ),
-    // What commits, prunes, or crosses the wire to a bucket, but for what only waits.
+    // But for what only waits, or is the same in both ways.
     (
         IGNORED,
         &[
@@ -76,12 +76,16 @@ const TEST: &[Step] = &[
             "--test=fetch",
             "--test=snapshots",
             "--test=copy",
+            "--test=damage",
+            "--test=restore",
             "--test=s3",
             "--test=s3_outages",
             "--test=agent",
             "--",
             "--skip=away_for_longer",
             "--skip=loses_the_store_for_longer",
+            "--skip=outlives_the_death_of_the_server",
+            "--skip=where_it_is_ignored",
         ],
     ),
     (

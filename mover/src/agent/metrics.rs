@@ -97,7 +97,8 @@ impl Metrics {
         bytes("store_sent", "Bytes sent to stores", &new.sent);
         bytes("store_received", "Bytes received from stores", &new.received);
         let ratio = new.dedup_ratio.clone();
-        all.register("dedup_ratio", "Bytes saved for each byte stored, so far", ratio);
+        ratio.set(f64::NAN);
+        all.register("dedup_ratio", "Bytes saved for each byte stored, since the start", ratio);
         let budget = Gauge::<i64, AtomicI64>::default();
         budget.set(i64::try_from(memory_bytes).unwrap_or(i64::MAX));
         let help = "Memory that all jobs share";
@@ -137,8 +138,10 @@ impl Metrics {
                 self.bytes_saved.inc_by(saved.bytes);
                 self.bytes_read.inc_by(saved.bytes_read);
                 self.bytes_stored.inc_by(saved.bytes_stored);
-                let stored = self.bytes_stored.get().max(1);
-                self.dedup_ratio.set(self.bytes_saved.get() as f64 / stored as f64);
+                let stored = self.bytes_stored.get();
+                if stored > 0 {
+                    self.dedup_ratio.set(self.bytes_saved.get() as f64 / stored as f64);
+                }
             }
             Some(Outcome::Restored(restored)) => {
                 self.bytes_restored.inc_by(restored.bytes_written);
@@ -182,6 +185,7 @@ mod tests {
     #[test]
     fn jobs_are_counted_by_what_became_of_them() {
         let metrics = Metrics::new(96 << 20, 1);
+        assert!(metrics.text().unwrap().contains("ebackup_agent_dedup_ratio NaN"));
         let saved = Saved { bytes: 100, bytes_stored: 10, ..Default::default() };
         let work = Work::Backup(Backup::default());
         let done =
