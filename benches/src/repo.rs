@@ -92,6 +92,7 @@ pub fn snapshot(root: (NodeRef, u8)) -> Snapshot {
         finished: Timestamp::now(),
         parent: None,
         summary: Summary::default(),
+        sparse: chunkstore::tree::Liveness::default(),
         program: "benches".into(),
         copy_of: None,
     }

@@ -83,6 +83,7 @@ fn make_repository(path: &Path) -> Result<(), Failure> {
             finished: now(10 * round + 3)?,
             parent,
             summary: Summary { files: entries.len() as u64, ..Summary::default() },
+            sparse: chunkstore::tree::Liveness::default(),
             program: "make_fixture".into(),
             copy_of: None,
         };

@@ -23,7 +23,9 @@ use crate::id::{BlobId, SnapshotId};
 use crate::pack::{BlobKind, PackClass};
 use crate::record::{self, Origin, Session, Snapshot};
 use crate::repository::Repository;
-use crate::tree::{BlobRef, Body, Content, Entry, EntryCursor, Node, TreeBuilder, TreeCursor};
+use crate::tree::{
+    BlobRef, Body, Content, Entry, EntryCursor, Liveness, Node, TreeBuilder, TreeCursor,
+};
 use crate::writer::{Writer, WriterSettings};
 
 /// Entries rebuilt at once.
@@ -152,7 +154,9 @@ pub fn copy_snapshot(
     let id = writer.commit(|stored| {
         bytes_stored = stored;
         let parent = parent.map(|(_, (id, _))| id);
-        Snapshot { root, level, parent, copy_of: Some(origin), ..snapshot.clone() }
+        // The places are those of the source.
+        let sparse = Liveness::default();
+        Snapshot { root, level, parent, sparse, copy_of: Some(origin), ..snapshot.clone() }
     })?;
     Ok(Copied { id, entries_known, blobs_fetched, bytes_stored })
 }

@@ -68,6 +68,8 @@ pub const EXTENT_SPAN_BYTES: u64 = 64 << 20;
 
 /// Snapshot, session, configuration and key slot objects: JSON of a few hundred bytes, plus tags.
 pub const RECORD_BYTES_MAX: u64 = 1 << 20;
+/// Packs named by a snapshot for their sparse bundles: some 75 bytes each, so 37 KiB.
+pub const SPARSE_PACKS_MAX: usize = 512;
 /// A tombstone list: 16 bytes a pack, 4 million packs (128 TiB).
 pub const TOMBSTONES_BYTES_MAX: u64 = 64 << 20;
 

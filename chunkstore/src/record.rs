@@ -15,7 +15,7 @@ use crate::codec::seal::{Keyring, ObjectKind, open_record, seal_record};
 use crate::error::{Error, Result};
 use crate::id::{GenerationId, PackId, RepositoryId, SnapshotId};
 use crate::limits::{RECORD_BYTES_MAX, TOMBSTONES_BYTES_MAX};
-use crate::tree::NodeRef;
+use crate::tree::{Liveness, NodeRef};
 
 /// Name of the configuration object.
 pub const CONFIG: &str = "config";
@@ -121,11 +121,43 @@ pub struct Snapshot {
     /// Counts.
     #[serde(default)]
     pub summary: Summary,
+    /// Bundles of which less than half is used, for the next backup to store anew what is.
+    #[serde(default, with = "bitmaps", skip_serializing_if = "bitmaps::is_empty")]
+    pub sparse: Liveness,
     /// Program and version that wrote it.
     pub program: String,
     /// What it is a copy of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copy_of: Option<Origin>,
+}
+
+/// Blobs by pack, as JSON holds them: bit n of a hexadecimal number for ordinal n.
+mod bitmaps {
+    use std::collections::BTreeMap;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use crate::id::PackId;
+    use crate::tree::Liveness;
+
+    pub(super) fn is_empty(blobs: &Liveness) -> bool {
+        blobs.0.is_empty()
+    }
+
+    pub(super) fn serialize<S: Serializer>(blobs: &Liveness, out: S) -> Result<S::Ok, S::Error> {
+        let text: BTreeMap<_, _> =
+            blobs.0.iter().map(|(pack, blobs)| (pack, format!("{blobs:x}"))).collect();
+        text.serialize(out)
+    }
+
+    pub(super) fn deserialize<'d, D: Deserializer<'d>>(input: D) -> Result<Liveness, D::Error> {
+        let text = BTreeMap::<PackId, String>::deserialize(input)?;
+        let blobs = text.into_iter().map(|(pack, blobs)| match u128::from_str_radix(&blobs, 16) {
+            Ok(blobs) => Ok((pack, blobs)),
+            Err(error) => Err(serde::de::Error::custom(error)),
+        });
+        blobs.collect::<Result<_, _>>().map(Liveness)
+    }
 }
 
 /// How a session ended.

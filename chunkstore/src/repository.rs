@@ -17,7 +17,7 @@ use crate::limits::RECORD_BYTES_MAX;
 use crate::pack::{Location, PackCache, PackClass, ReadScratch};
 use crate::record::{self, Config, Snapshot, Verdict};
 use crate::relocation::Relocations;
-use crate::tree::{NodeRef, NodeSource};
+use crate::tree::{Liveness, NodeRef, NodeSource};
 
 /// Feature of a repository on a store without create-if-absent.
 const TIME_FENCED: &str = "time-fenced";
@@ -419,7 +419,7 @@ impl Repository {
         Ok(None)
     }
 
-    /// Reads all snapshots.
+    /// Reads all snapshots, leaving out which of their bundles are sparse: there can be many.
     ///
     /// # Errors
     /// When the folders cannot be listed. Damaged ones are part of the result.
@@ -431,7 +431,10 @@ impl Repository {
         list.forgotten.extend(ids.extract_if(.., |id| forgotten.contains(id)));
         for (id, verdict) in ids.iter().zip(self.verdicts(&ids)) {
             match verdict {
-                Ok(Some(Verdict::Snapshot(snapshot))) => list.snapshots.push((*id, *snapshot)),
+                Ok(Some(Verdict::Snapshot(snapshot))) => {
+                    let sparse = Liveness::default();
+                    list.snapshots.push((*id, Snapshot { sparse, ..*snapshot }));
+                }
                 Ok(Some(Verdict::Fenced { .. })) => list.fenced.push(*id),
                 Ok(None) => {}
                 Err(error) if is_damage(&error) => {

@@ -196,6 +196,7 @@ mod tests {
             finished: started,
             parent: None,
             summary: crate::record::Summary::default(),
+            sparse: crate::tree::Liveness::default(),
             program: String::new(),
             copy_of: None,
         }

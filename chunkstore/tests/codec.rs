@@ -19,7 +19,7 @@ use chunkstore::record::{
     self, Session, Snapshot, Summary, Tombstones, Verdict, create_tombstones, read_tombstones,
     session_name, snapshot_name,
 };
-use chunkstore::tree::NodeRef;
+use chunkstore::tree::{Liveness, NodeRef};
 use objects::testing::MemoryStore;
 use objects::{Created, ObjectStore};
 use proptest::collection::{btree_map, btree_set, vec};
@@ -44,12 +44,14 @@ fn snapshot() -> impl Strategy<Value = Snapshot> {
     let root = (any::<[u8; 32]>(), any::<[u8; 16]>(), 0..128_u8, 0..10_u8);
     let counts = (any::<u64>(), any::<u64>(), any::<u64>());
     let parent = proptest::option::of(any::<[u8; 16]>());
-    (texts, root, counts, parent, time(), time()).prop_map(
+    let sparse = btree_map(any::<[u8; 16]>(), any::<u128>(), 0..4);
+    (texts, root, counts, parent, sparse, time(), time()).prop_map(
         |(
             (lineage, host, path, tags),
             (id, pack, ordinal, level),
             counts,
             parent,
+            sparse,
             started,
             finished,
         )| {
@@ -69,6 +71,9 @@ fn snapshot() -> impl Strategy<Value = Snapshot> {
                     bytes_stored: counts.2,
                     ..Summary::default()
                 },
+                sparse: Liveness(
+                    sparse.into_iter().map(|(pack, blobs)| (PackId(pack), blobs)).collect(),
+                ),
                 program: "test".into(),
                 copy_of: None,
             }

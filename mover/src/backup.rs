@@ -24,6 +24,7 @@ mod parent;
 mod pipeline;
 mod scan;
 mod settings;
+mod sparse;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -39,6 +40,8 @@ use chunkstore::{Error, ErrorKind, Result};
 
 pub use parent::ChangedBy;
 pub use settings::{MEMORY_BYTES_MIN, Resources};
+
+use assemble::Tree;
 
 use crate::fs::Dir;
 use crate::monitor::{Monitor, Warning};
@@ -131,7 +134,7 @@ pub fn backup(
         parent_id = parent.as_ref().map(|(id, _)| *id);
         scan::scan(repository, &writer, request, root, parent, monitor)
     });
-    let (root, level, mut summary) = match scanned {
+    let Tree { root, level, mut summary, sparse } = match scanned {
         Ok(scanned) => scanned,
         Err(error) => {
             // Name what was uploaded, so that the next backup finds it. The first error counts.
@@ -154,6 +157,7 @@ pub fn backup(
         finished: request.now,
         parent: parent_id,
         summary,
+        sparse,
         program: concat!("ebackup ", env!("CARGO_PKG_VERSION")).to_owned(),
         copy_of: None,
     };

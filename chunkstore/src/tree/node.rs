@@ -50,6 +50,11 @@ impl Liveness {
         *self.0.entry(location.pack).or_default() |= 1 << location.ordinal;
     }
 
+    /// Whether the blob at `location` is marked.
+    pub fn contains(&self, location: Location) -> bool {
+        self.0.get(&location.pack).is_some_and(|blobs| blobs >> location.ordinal & 1 == 1)
+    }
+
     /// Marks everything used that `other` does.
     pub fn union(&mut self, other: &Self) {
         other.0.iter().for_each(|(pack, blobs)| *self.0.entry(*pack).or_default() |= blobs);

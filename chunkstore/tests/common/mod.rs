@@ -147,6 +147,7 @@ pub(crate) fn snapshot(
         finished: started,
         parent: None,
         summary: Summary::default(),
+        sparse: chunkstore::tree::Liveness::default(),
         program: "test".into(),
         copy_of: None,
     }

@@ -12,6 +12,8 @@ use chunkstore::tree::{
 };
 use chunkstore::{Error, Result};
 
+use super::sparse::BundleUse;
+
 /// Number of a place in the queue that waits for content.
 pub(super) type Ticket = u64;
 
@@ -42,6 +44,7 @@ pub(super) struct Assembler<'a> {
     /// Names of files whose first name could not be read, to be reported.
     unread_links: Vec<Vec<u8>>,
     summary: Summary,
+    bundles: BundleUse,
 }
 
 /// What a file with several names was when it was read. All its names get that, lest the size of one
@@ -53,11 +56,21 @@ struct Read {
     ctime: Timestamp,
 }
 
+/// A finished tree.
+pub(super) struct Tree {
+    pub(super) root: NodeRef,
+    /// Its height.
+    pub(super) level: u8,
+    pub(super) summary: Summary,
+    /// Bundles of which it uses little.
+    pub(super) sparse: Liveness,
+}
+
 /// Bytes an entry takes in the queue besides its key: some chunks, mostly few.
 const ITEM_BYTES: usize = 400;
 
 impl<'a> Assembler<'a> {
-    pub(super) fn new(builder: TreeBuilder<'a>, bytes_max: usize) -> Self {
+    pub(super) fn new(builder: TreeBuilder<'a>, bytes_max: usize, bundles: BundleUse) -> Self {
         Self {
             builder,
             queue: VecDeque::new(),
@@ -67,6 +80,7 @@ impl<'a> Assembler<'a> {
             links: HashMap::new(),
             unread_links: Vec::new(),
             summary: Summary::default(),
+            bundles,
         }
     }
 
@@ -198,15 +212,13 @@ impl<'a> Assembler<'a> {
         }
         let whole = from == 0 && to == entries.len() && !leaf.is_last;
         if !whole || !self.builder.is_between_leaves() {
-            return entries[from..to].iter().try_for_each(|entry| {
-                count(&mut self.summary, entry);
-                self.builder.push(entry)
-            });
+            return entries[from..to].iter().try_for_each(|entry| self.add(entry));
         }
         let mut liveness = Liveness::default();
         let mut previous = None;
         for entry in entries {
             count(&mut self.summary, entry);
+            self.bundles.add(entry);
             for blob in entry.blobs() {
                 if previous != Some(blob.location) {
                     liveness.mark(blob.location);
@@ -220,6 +232,7 @@ impl<'a> Assembler<'a> {
 
     fn add(&mut self, entry: &Entry) -> Result<()> {
         count(&mut self.summary, entry);
+        self.bundles.add(entry);
         self.builder.push(entry)
     }
 
@@ -248,14 +261,14 @@ impl<'a> Assembler<'a> {
     }
 
     /// Finishes the tree, all content having come.
-    pub(super) fn finish(mut self) -> Result<(NodeRef, u8, Summary)> {
+    pub(super) fn finish(mut self) -> Result<Tree> {
         self.advance(true)?;
         if !self.queue.is_empty() {
             return Err(Error::invalid("an entry was never read"));
         }
         let root = self.builder.finish()?;
         let (root, level) = root.ok_or_else(|| Error::invalid("the folder has no entry"))?;
-        Ok((root, level, self.summary))
+        Ok(Tree { root, level, summary: self.summary, sparse: self.bundles.sparse() })
     }
 }
 

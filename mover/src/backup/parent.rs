@@ -6,7 +6,8 @@ use chunkstore::Result;
 use chunkstore::record::Snapshot;
 use chunkstore::repository::Repository;
 use chunkstore::tree::{
-    Body, Content, Entry, EntryCursor, Kind, LeafAt, Node, Timestamp, TreeCursor, for_each_node,
+    Body, Content, Entry, EntryCursor, Kind, LeafAt, Liveness, Node, Timestamp, TreeCursor,
+    for_each_node,
 };
 use chunkstore::writer::Writer;
 
@@ -40,6 +41,8 @@ pub(super) struct Parent<'a> {
     cursor: EntryCursor<'a>,
     writer: Option<&'a Writer>,
     trusted_before: i64,
+    /// Bundles that are to be used no more.
+    sparse: Liveness,
     /// The leaf last seen, and whether everything it refers to may be taken over.
     leaf: Option<(Arc<LeafAt>, bool)>,
 }
@@ -85,6 +88,7 @@ impl<'a> Parent<'a> {
             cursor: EntryCursor::new(leaves),
             writer,
             trusted_before: snapshot.started.as_second() - RACY_SECONDS,
+            sparse: snapshot.sparse.clone(),
             leaf: None,
         })
     }
@@ -123,6 +127,10 @@ impl<'a> Parent<'a> {
     }
 
     fn usable(&mut self, leaf: &Arc<LeafAt>, at: usize) -> bool {
+        let blobs = || leaf.leaf.entries[at].blobs();
+        if blobs().any(|blob| self.sparse.contains(blob.location)) {
+            return false;
+        }
         let Some(writer) = self.writer else {
             return true;
         };
@@ -133,7 +141,6 @@ impl<'a> Parent<'a> {
             self.leaf = Some((leaf.clone(), all));
             all
         });
-        let blobs = || leaf.leaf.entries[at].blobs();
         all || blobs().all(|blob| writer.is_usable_at(blob.location))
     }
 

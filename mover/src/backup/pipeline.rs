@@ -9,18 +9,18 @@ use std::io;
 use std::sync::atomic::Ordering;
 
 use chunkstore::limits::{EXTENT_SPAN_BYTES, SMALL_FILE_BYTES};
-use chunkstore::record::Summary;
-use chunkstore::tree::{BlobRef, Body, Chunk, Content, Entry, NodeRef, TreeBuilder, extent_key};
+use chunkstore::tree::{BlobRef, Body, Chunk, Content, Entry, TreeBuilder, extent_key};
 use chunkstore::{Error, ErrorKind, Result};
 use crossbeam_channel::{Receiver, Sender};
 
 use super::Resources;
-use super::assemble::Assembler;
+use super::assemble::{Assembler, Tree};
 use super::file::{
     self, BlockReader, Blocks, BundlePlanner, Done, FileToRead, Job, LARGE_FILE_BYTES, Shared,
 };
 use super::parent::Found;
 use super::scan::{NewFile, Sink, path};
+use super::sparse::BundleUse;
 use crate::monitor::Warning;
 
 /// Hands files to the workers and puts what comes back in its place.
@@ -104,13 +104,14 @@ impl Sink for Pipeline<'_> {
 impl<'a> Pipeline<'a> {
     pub(super) fn new(
         builder: TreeBuilder<'a>,
+        bundles: BundleUse,
         resources: &Resources,
         jobs: Sender<Job>,
         done: Receiver<Done>,
         shared: &'a Shared<'a>,
     ) -> Self {
         Self {
-            assembler: Assembler::new(builder, resources.queue_bytes()),
+            assembler: Assembler::new(builder, resources.queue_bytes(), bundles),
             bundle: BundlePlanner::new(shared.repository.keys().cut()),
             bundle_dir: None,
             jobs,
@@ -259,7 +260,7 @@ impl<'a> Pipeline<'a> {
     }
 
     /// Finishes what is left; the root of the tree, its height, and counts.
-    pub(super) fn finish(mut self) -> Result<(NodeRef, u8, Summary)> {
+    pub(super) fn finish(mut self) -> Result<Tree> {
         self.flush_bundle()?;
         while self.outstanding > 0 {
             self.wait()?;

@@ -8,16 +8,17 @@ use chunkstore::id::SnapshotId;
 use chunkstore::limits::KEY_BYTES_MAX;
 use chunkstore::record::{Snapshot, Summary};
 use chunkstore::repository::Repository;
-use chunkstore::tree::{Body, Content, Entry, Kind, NodeRef, TreeBuilder};
+use chunkstore::tree::{Body, Content, Entry, Kind, TreeBuilder};
 use chunkstore::writer::Writer;
 use chunkstore::{Error, ErrorKind, Result};
 use rustix::io::Errno;
 
 use super::Request;
-use super::assemble::count;
+use super::assemble::{Tree, count};
 use super::file::{self, Shared};
 use super::parent::{ChangedBy, Found, Parent};
 use super::pipeline::Pipeline;
+use super::sparse::BundleUse;
 use crate::fs::{Dir, FsTraits, Listing, Meta};
 use crate::monitor::{Monitor, Warning};
 
@@ -27,7 +28,7 @@ const OPEN_DIRS_MAX: usize = 256;
 /// The first bytes of a tag file that marks a cache (<https://bford.info/cachedir/>).
 const CACHE_TAG: &[u8] = b"Signature: 8a477f597d28d172789f06886806bc55";
 
-/// Saves everything below `root`; returns the root of the tree, its height, and counts.
+/// Saves everything below `root`.
 pub(super) fn scan(
     repository: &Repository,
     writer: &Writer,
@@ -35,7 +36,7 @@ pub(super) fn scan(
     root: Dir,
     parent: Option<(SnapshotId, Snapshot)>,
     monitor: &dyn Monitor,
-) -> Result<(NodeRef, u8, Summary)> {
+) -> Result<Tree> {
     let parent =
         parent.as_ref().map(|(_, snapshot)| Parent::open(repository, Some(writer), snapshot));
     // An unreadable parent costs reading everything again, not the backup.
@@ -64,11 +65,12 @@ pub(super) fn scan(
         }
         drop((todo, finished));
         let builder = TreeBuilder::new(writer, repository.keys().cut());
-        let sink = Pipeline::new(builder, &request.resources, jobs, done, &shared);
+        let bundles = BundleUse::new(request.now.as_nanosecond() as u64);
+        let sink = Pipeline::new(builder, bundles, &request.resources, jobs, done, &shared);
         let (sink, summary) = Walk::new(request, root, monitor, parent, sink)?.run()?;
-        let (root, level, counted) = sink.finish()?;
+        let tree = sink.finish()?;
         let bytes_read = shared.counters.bytes_read.load(std::sync::atomic::Ordering::Relaxed);
-        Ok((root, level, Summary { bytes_read, ..merge(summary, counted) }))
+        Ok(Tree { summary: Summary { bytes_read, ..merge(summary, tree.summary) }, ..tree })
     })
 }
 
