@@ -77,7 +77,7 @@ pub struct Summary {
     pub bytes_stored: u64,
     /// Data blobs this backup added.
     pub blobs_new: u64,
-    /// Files read because they were new or looked changed.
+    /// Files read because they were new, looked changed, or lay in a bundle that is given up.
     pub files_changed: u64,
     /// Files taken over from the parent unread.
     pub files_unmodified: u64,
@@ -138,6 +138,7 @@ mod bitmaps {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
     use crate::id::PackId;
+    use crate::limits::SPARSE_PACKS_MAX;
     use crate::tree::Liveness;
 
     pub(super) fn is_empty(blobs: &Liveness) -> bool {
@@ -150,13 +151,17 @@ mod bitmaps {
         text.serialize(out)
     }
 
+    /// What is not understood is left out: it is advice, and no reason not to read the rest.
     pub(super) fn deserialize<'d, D: Deserializer<'d>>(input: D) -> Result<Liveness, D::Error> {
-        let text = BTreeMap::<PackId, String>::deserialize(input)?;
-        let blobs = text.into_iter().map(|(pack, blobs)| match u128::from_str_radix(&blobs, 16) {
-            Ok(blobs) => Ok((pack, blobs)),
-            Err(error) => Err(serde::de::Error::custom(error)),
+        let packs = match serde_json::Value::deserialize(input)? {
+            serde_json::Value::Object(packs) => packs,
+            _ => serde_json::Map::new(),
+        };
+        let read = packs.into_iter().filter_map(|(pack, blobs)| {
+            let blobs = u128::from_str_radix(blobs.as_str()?, 16).ok()?;
+            Some((pack.parse::<PackId>().ok()?, blobs))
         });
-        blobs.collect::<Result<_, _>>().map(Liveness)
+        Ok(Liveness(read.take(SPARSE_PACKS_MAX).collect()))
     }
 }
 

@@ -429,7 +429,9 @@ impl Repository {
         let forgotten: HashSet<_> = self.list_ids(record::FORGOTTEN)?.into_iter().collect();
         let mut list = SnapshotList::default();
         list.forgotten.extend(ids.extract_if(.., |id| forgotten.contains(id)));
-        for (id, verdict) in ids.iter().zip(self.verdicts(&ids)) {
+        let verdicts =
+            ids.chunks(SNAPSHOTS_AT_ONCE).flat_map(|ids| ids.iter().zip(self.verdicts(ids)));
+        for (id, verdict) in verdicts {
             match verdict {
                 Ok(Some(Verdict::Snapshot(snapshot))) => {
                     let sparse = Liveness::default();

@@ -81,6 +81,34 @@ fn snapshot() -> impl Strategy<Value = Snapshot> {
     )
 }
 
+/// Advice that cannot be understood costs itself, not the snapshot.
+#[test]
+fn sparse_bundles_are_written_as_specified_and_read_as_far_as_they_are_understood() {
+    let mut runner = proptest::test_runner::TestRunner::deterministic();
+    use proptest::strategy::ValueTree as _;
+    let plain = snapshot().new_tree(&mut runner).unwrap().current();
+    let pack = PackId([0xab; 16]);
+    let sparse = Liveness([(pack, 1 << 127 | 0b1010)].into());
+    let with = Snapshot { sparse: sparse.clone(), ..plain.clone() };
+    let mut json = serde_json::to_value(&with).unwrap();
+    let bits = format!("8{}a", "0".repeat(30));
+    assert_eq!(json["sparse"], serde_json::json!({ "ab".repeat(16): bits }));
+    json["sparse"]["nonsense"] = "1".into();
+    json["sparse"]["cd".repeat(16)] = "1 and more".into();
+    json["sparse"]["ef".repeat(16)] = 7.into();
+    let read: Snapshot = serde_json::from_value(json.clone()).unwrap();
+    assert_eq!(read.sparse, sparse);
+    for other in [serde_json::json!([1, 2]), serde_json::json!(null), serde_json::json!("x")] {
+        json["sparse"] = other;
+        let read: Snapshot = serde_json::from_value(json.clone()).unwrap();
+        assert_eq!(read.sparse, Liveness::default());
+    }
+    let none = Snapshot { sparse: Liveness::default(), ..plain };
+    let json = serde_json::to_value(&none).unwrap();
+    assert!(json.get("sparse").is_none());
+    assert_eq!(serde_json::from_value::<Snapshot>(json).unwrap(), none);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(100))]
 

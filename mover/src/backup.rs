@@ -15,7 +15,8 @@
 //! The scan is the only producer and the only consumer of results, so nothing can deadlock: workers
 //! wait for nobody but the writer, which waits only for uploads.
 //!
-//! An entry that has not changed since the parent snapshot costs one `lstat` and a comparison; a leaf of
+//! An entry that has not changed since the parent snapshot costs one `lstat` and a comparison, unless its
+//! bundle is given up (`sparse`); a leaf of
 //! the parent's tree whose entries all recur is taken over without being encoded.
 
 mod assemble;

@@ -89,6 +89,67 @@ fn what_little_is_used_of_a_bundle_is_stored_anew_once() {
 }
 
 #[test]
+fn what_cannot_be_read_again_is_kept_as_it_was() {
+    let (repo, source) = (Repo::new(), memory_dir());
+    let repository = &repo.repository;
+    files(source.path(), 100);
+    save(repository, source.path());
+    (0..100).filter(|n| n % 5 < 3).for_each(|n| write(source.path(), n, 1000 + n as u64));
+    save(repository, source.path());
+    let before = scan(source.path());
+
+    // At the moment when they are to be read, one of the unchanged files has become unreadable, one is gone.
+    let [unreadable, gone] = ["0008", "0009"].map(|name| source.path().join(name));
+    let aside = source.path().join("aside");
+    let log = Log::on_begin(|path| match path {
+        b"0008" => {
+            fs::rename(&unreadable, &aside).unwrap();
+            std::os::unix::fs::symlink("/", &unreadable).unwrap();
+        }
+        b"0009" => fs::remove_file(&gone).unwrap(),
+        _ => {}
+    });
+    let outcome = run(repository, &request(source.path()), &log).unwrap();
+    let lines = log.lines();
+    assert!(lines[0].contains("kept as the last snapshot has it"), "{lines:?}");
+    assert!(lines[1].contains("vanished"), "{lines:?}");
+    assert_eq!((lines.len(), log.missing()), (2, Vec::new()));
+    fs::rename(&aside, &unreadable).unwrap();
+
+    let target = restored(repository, outcome.id.unwrap());
+    let after = scan(target.path());
+    assert!(!target.path().join("0009").exists());
+    for (path, file) in before.iter().filter(|(path, _)| path.ends_with(b"0008")) {
+        assert_eq!(after.get(path), Some(file), "{path:?}");
+    }
+    assert_eq!(fs::read(target.path().join("0008")).unwrap(), fs::read(&unreadable).unwrap());
+}
+
+#[test]
+fn other_bytes_under_the_same_times_are_told() {
+    let (repo, source) = (Repo::new(), memory_dir());
+    let repository = &repo.repository;
+    files(source.path(), 100);
+    save(repository, source.path());
+    (0..100).filter(|n| n % 5 < 3).for_each(|n| write(source.path(), n, 1000 + n as u64));
+    let second = save(repository, source.path());
+    assert!(!whole(repository, second.id.unwrap()).sparse.0.is_empty());
+    let rotten = source.path().join("0004");
+    let (times, len) = (fs::metadata(&rotten).unwrap(), fs::metadata(&rotten).unwrap().len());
+    fs::write(&rotten, noise(77, len as usize)).unwrap();
+    let file = fs::File::options().write(true).open(&rotten).unwrap();
+    file.set_modified(times.modified().unwrap()).unwrap();
+    let log = Log::default();
+    let request = request(source.path());
+    let by_mtime = Some(mover::backup::ChangedBy::Mtime);
+    let request = mover::backup::Request { changed_by: by_mtime, ..request };
+    run(repository, &request, &log).unwrap();
+    let lines = log.lines();
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert!(lines[0].contains("0004") && lines[0].contains("other bytes"), "{lines:?}");
+}
+
+#[test]
 fn a_repository_does_not_grow_while_files_change_for_months() {
     let (repo, source) = (Repo::new(), memory_dir());
     let repository = &repo.repository;

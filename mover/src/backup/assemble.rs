@@ -177,10 +177,9 @@ impl<'a> Assembler<'a> {
         match item {
             Item::Gone => Ok(ITEM_BYTES),
             Item::Ready(entry) => {
-                let bytes = ITEM_BYTES + entry.key.len();
-                self.note_link(&entry);
-                self.add(&entry)?;
-                Ok(bytes)
+                self.note(&entry);
+                self.builder.push(&entry)?;
+                Ok(ITEM_BYTES + entry.key.len())
             }
             Item::Link { key, mut node } => {
                 let bytes = ITEM_BYTES + key.len();
@@ -194,7 +193,9 @@ impl<'a> Assembler<'a> {
                         return Ok(bytes);
                     }
                 }
-                self.add(&Entry { key, body: Body::Node(node) })?;
+                let entry = Entry { key, body: Body::Node(node) };
+                count(&mut self.summary, &entry);
+                self.builder.push(&entry)?;
                 Ok(bytes)
             }
             Item::Run { leaf, from, to } => {
@@ -208,17 +209,15 @@ impl<'a> Assembler<'a> {
     fn add_run(&mut self, leaf: &LeafAt, from: usize, to: usize) -> Result<()> {
         let entries = &leaf.leaf.entries;
         for entry in &entries[from..to] {
-            self.note_link(entry);
+            self.note(entry);
         }
         let whole = from == 0 && to == entries.len() && !leaf.is_last;
         if !whole || !self.builder.is_between_leaves() {
-            return entries[from..to].iter().try_for_each(|entry| self.add(entry));
+            return entries[from..to].iter().try_for_each(|entry| self.builder.push(entry));
         }
         let mut liveness = Liveness::default();
         let mut previous = None;
         for entry in entries {
-            count(&mut self.summary, entry);
-            self.bundles.add(entry);
             for blob in entry.blobs() {
                 if previous != Some(blob.location) {
                     liveness.mark(blob.location);
@@ -230,10 +229,16 @@ impl<'a> Assembler<'a> {
         self.builder.push_leaf(leaf.child.clone(), last_key, &liveness)
     }
 
-    fn add(&mut self, entry: &Entry) -> Result<()> {
+    /// Counts an entry of the new tree, what it uses only if it is the first name of its file.
+    fn note(&mut self, entry: &Entry) {
         count(&mut self.summary, entry);
-        self.bundles.add(entry);
-        self.builder.push(entry)
+        let is_further_name = entry.node().is_some_and(|node| {
+            node.linked && matches!(self.links.get(&(node.fs, node.ino)), Some(Some(_)))
+        });
+        if !is_further_name {
+            self.bundles.add(entry);
+        }
+        self.note_link(entry);
     }
 
     /// Remembers the content of a file with several names, for the other ones.

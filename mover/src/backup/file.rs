@@ -39,8 +39,15 @@ pub(super) struct FileToRead {
     /// Its path, for messages.
     pub(super) path: Vec<u8>,
     pub(super) fs: u32,
-    /// What it was in the parent, if its bytes there can be referred to again.
-    pub(super) part: Option<(Content, u64)>,
+    pub(super) known: Option<Known>,
+}
+
+/// What the parent has of a small file, where that can be referred to again.
+pub(super) enum Known {
+    /// It may have changed: its part of a bundle, and its size.
+    Part(Content, u64),
+    /// It looks unchanged, but its bundle is given up, and so it is stored anew.
+    GivenUp(Box<Node>),
 }
 
 /// Work for a worker.
@@ -148,8 +155,11 @@ impl Worker<'_> {
     /// Reads one small file, and appends it to the bundle unless it is inline or known.
     fn member(&mut self, file: &FileToRead, bundle: &mut Vec<u8>) -> Result<Member> {
         let ticket = file.ticket;
-        let Some((open, mut node)) = self.open(file) else {
-            return Ok(Member { ticket, node: None, place: None });
+        let (open, mut node) = match self.open(file) {
+            Ok(opened) => opened,
+            Err(node) => {
+                return Ok(Member { ticket, node: node.map(|node| *node), place: None });
+            }
         };
         let start = bundle.len();
         // It may have grown since it was listed; then it is cut like any larger file.
@@ -162,8 +172,9 @@ impl Worker<'_> {
             Ok(read) => read,
             Err(error) => {
                 bundle.truncate(start);
-                self.missing(file, format!("cannot be read: {error}"));
-                return Ok(Member { ticket, node: None, place: None });
+                let message = format!("cannot be read: {error}");
+                let node = unreadable(self.shared.monitor, file, message);
+                return Ok(Member { ticket, node: node.map(|node| *node), place: None });
             }
         };
         bundle.truncate(start + read);
@@ -178,24 +189,43 @@ impl Worker<'_> {
         } else {
             let id = BlobKind::Data.id(self.shared.repository.keys(), bytes);
             let hash = *id.0.first_chunk().expect("32 is more than 16");
-            match &file.part {
-                Some((content @ Content::Part { hash: known, .. }, size))
+            match &file.known {
+                Some(Known::Part(content @ Content::Part { hash: known, .. }, size))
                     if *known == hash && *size == node.size =>
                 {
                     node.content = content.clone();
                     bundle.truncate(start);
                 }
-                _ => place = Some((start as u32, hash)),
+                known => {
+                    if let Some(Known::GivenUp(known)) = known {
+                        self.compare(file, known, &node, hash);
+                    }
+                    place = Some((start as u32, hash));
+                }
             }
         }
         Ok(Member { ticket, node: Some(node), place })
     }
 
+    /// Warns if a file that looks as it did has other bytes.
+    fn compare(&self, file: &FileToRead, known: &Node, now: &Node, bytes: [u8; 16]) {
+        if let Content::Part { hash, .. } = known.content
+            && (known.size, known.mtime) == (now.size, now.mtime)
+            && hash != bytes
+        {
+            let message = "has other bytes than the last snapshot has of it, though its \
+                           modification time is the same: the disk may fail"
+                .to_owned();
+            let path = file.path.clone();
+            self.shared.monitor.warning(Warning { path, message, missing: false });
+        }
+    }
+
     fn medium_file(&mut self, file: &FileToRead) -> Result<Option<Node>> {
-        let Some((open, node)) = self.open(file) else {
-            return Ok(None);
-        };
-        self.cut(file, &open, node)
+        match self.open(file) {
+            Ok((open, node)) => self.cut(file, &open, node),
+            Err(node) => Ok(node.map(|node| *node)),
+        }
     }
 
     /// Reads a file chunk by chunk.
@@ -215,8 +245,8 @@ impl Worker<'_> {
                     Ok(Some(piece)) => piece,
                     Ok(None) => break,
                     Err(error) => {
-                        self.missing(file, format!("cannot be read: {error}"));
-                        return Ok(None);
+                        let message = format!("cannot be read: {error}");
+                        return Ok(unreadable(self.shared.monitor, file, message).map(|node| *node));
                     }
                 };
                 let bytes = &buffer[piece];
@@ -236,7 +266,7 @@ impl Worker<'_> {
         Ok(Some(node))
     }
 
-    fn open(&self, file: &FileToRead) -> Option<(File, Node)> {
+    fn open(&self, file: &FileToRead) -> std::result::Result<(File, Node), Option<Box<Node>>> {
         self.shared.monitor.begin(&file.path);
         open(self.shared.monitor, file)
     }
@@ -247,31 +277,44 @@ impl Worker<'_> {
         self.shared.counters.bytes_read.fetch_add(read, Ordering::Relaxed);
         self.shared.monitor.advance(0, read);
     }
-
-    fn missing(&self, file: &FileToRead, message: String) {
-        self.shared.monitor.warning(Warning { path: file.path.clone(), message, missing: true });
-    }
 }
 
-/// Opens a file and reads its metadata.
-pub(super) fn open(monitor: &dyn Monitor, file: &FileToRead) -> Option<(File, Node)> {
-    let warn = |message: String, missing: bool| {
-        monitor.warning(Warning { path: file.path.clone(), message, missing });
-    };
+/// Opens a file and reads its metadata; else, what is to be saved of it.
+pub(super) fn open(
+    monitor: &dyn Monitor,
+    file: &FileToRead,
+) -> std::result::Result<(File, Node), Option<Box<Node>>> {
     let (open, meta) = match file.dir.open_file(&file.name) {
         Ok(opened) => opened,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            warn("vanished before it could be read".to_owned(), false);
-            return None;
+            let message = "vanished before it could be read".to_owned();
+            monitor.warning(Warning { path: file.path.clone(), message, missing: false });
+            return Err(None);
         }
         Err(error) => {
-            warn(format!("cannot be opened: {error}"), true);
-            return None;
+            return Err(unreadable(monitor, file, format!("cannot be opened: {error}")));
         }
     };
     let xattrs = keep_xattrs(monitor, &file.path, file_xattrs(&open));
     let node = node(&meta, file.fs, xattrs, Content::None);
-    Some((open, node))
+    Ok((open, node))
+}
+
+/// What is to be saved of a file that cannot be read, of which `message` warns: nothing, unless the
+/// parent has all of it.
+fn unreadable(monitor: &dyn Monitor, file: &FileToRead, message: String) -> Option<Box<Node>> {
+    let path = file.path.clone();
+    match &file.known {
+        Some(Known::GivenUp(node)) => {
+            let message = format!("{message}; it is kept as the last snapshot has it");
+            monitor.warning(Warning { path, message, missing: false });
+            Some(node.clone())
+        }
+        _ => {
+            monitor.warning(Warning { path, message, missing: true });
+            None
+        }
+    }
 }
 
 /// The entry of what `meta` describes.

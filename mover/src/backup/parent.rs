@@ -11,6 +11,7 @@ use chunkstore::tree::{
 };
 use chunkstore::writer::Writer;
 
+use super::file::Known;
 use crate::fs::{FsTraits, Meta};
 
 /// How a changed file is told from an unchanged one.
@@ -41,7 +42,7 @@ pub(super) struct Parent<'a> {
     cursor: EntryCursor<'a>,
     writer: Option<&'a Writer>,
     trusted_before: i64,
-    /// Bundles that are to be used no more.
+    /// Bundles that are given up.
     sparse: Liveness,
     /// The leaf last seen, and whether everything it refers to may be taken over.
     leaf: Option<(Arc<LeafAt>, bool)>,
@@ -52,6 +53,8 @@ pub(super) struct Found {
     pub(super) leaf: Arc<LeafAt>,
     pub(super) at: usize,
     usable: bool,
+    /// Whether it is unchanged, and to be stored anew all the same.
+    given_up: bool,
 }
 
 impl Found {
@@ -66,6 +69,22 @@ impl Found {
     /// Whether everything it refers to may be referred to again.
     pub(super) fn is_usable(&self) -> bool {
         self.usable
+    }
+
+    /// The same, to be stored anew although it is unchanged.
+    pub(super) fn give_up(self) -> Self {
+        Self { given_up: true, ..self }
+    }
+
+    /// What there is of it, if it is a small file that can be referred to again.
+    pub(super) fn small_file(&self) -> Option<Known> {
+        let node = self.node().filter(|_| self.usable)?;
+        let Content::Part { .. } = node.content else { return None };
+        Some(if self.given_up {
+            Known::GivenUp(Box::new(node.clone()))
+        } else {
+            Known::Part(node.content.clone(), node.size)
+        })
     }
 }
 
@@ -107,7 +126,7 @@ impl<'a> Parent<'a> {
             self.cursor.advance();
             if let Some((leaf, at)) = found {
                 let usable = self.usable(&leaf, at);
-                return Ok(Some(Found { leaf, at, usable }));
+                return Ok(Some(Found { leaf, at, usable, given_up: false }));
             }
         }
     }
@@ -123,14 +142,10 @@ impl<'a> Parent<'a> {
         let leaf = leaf.clone();
         self.cursor.advance();
         let usable = self.usable(&leaf, at);
-        Ok(Some(Found { leaf, at, usable }))
+        Ok(Some(Found { leaf, at, usable, given_up: false }))
     }
 
     fn usable(&mut self, leaf: &Arc<LeafAt>, at: usize) -> bool {
-        let blobs = || leaf.leaf.entries[at].blobs();
-        if blobs().any(|blob| self.sparse.contains(blob.location)) {
-            return false;
-        }
         let Some(writer) = self.writer else {
             return true;
         };
@@ -141,6 +156,7 @@ impl<'a> Parent<'a> {
             self.leaf = Some((leaf.clone(), all));
             all
         });
+        let blobs = || leaf.leaf.entries[at].blobs();
         all || blobs().all(|blob| writer.is_usable_at(blob.location))
     }
 
@@ -174,9 +190,11 @@ impl<'a> Parent<'a> {
         }
     }
 
-    /// The small file's content in the parent, if it can be referred to again.
-    pub(super) fn part(found: &Found) -> Option<&Content> {
-        let node = found.node().filter(|_| found.usable)?;
-        matches!(node.content, Content::Part { .. }).then_some(&node.content)
+    /// Whether it lies in a bundle of which too little is used.
+    pub(super) fn is_given_up(&self, found: &Found) -> bool {
+        found.node().is_some_and(|node| match &node.content {
+            Content::Part { bundle, .. } => self.sparse.contains(bundle.location),
+            _ => false,
+        })
     }
 }

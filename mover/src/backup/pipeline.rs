@@ -51,7 +51,7 @@ impl Sink for Pipeline<'_> {
 
     fn file(&mut self, file: NewFile) -> Result<()> {
         self.shared.monitor.advance(1, 0);
-        let NewFile { key, path, dir, name, meta, fs, part } = file;
+        let NewFile { key, path, dir, name, meta, fs, known } = file;
         let linked = meta.nlink > 1 && meta.size <= LARGE_FILE_BYTES;
         if linked && self.assembler.is_known_link(fs, meta.ino) {
             let xattrs = file::keep_xattrs(self.shared.monitor, &path, dir.xattrs(&name));
@@ -63,7 +63,7 @@ impl Sink for Pipeline<'_> {
             self.assembler.expect_link(fs, meta.ino);
         }
         if meta.size > LARGE_FILE_BYTES {
-            let file = FileToRead { ticket: 0, dir, name, path, fs, part };
+            let file = FileToRead { ticket: 0, dir, name, path, fs, known };
             return self.large_file(&key, &file);
         }
         let folder_len = key.len() - name.len();
@@ -73,7 +73,7 @@ impl Sink for Pipeline<'_> {
             self.bundle_dir = Some(folder.to_vec());
         }
         let ticket = self.assembler.reserve(key);
-        let file = FileToRead { ticket, dir, name, path, fs, part };
+        let file = FileToRead { ticket, dir, name, path, fs, known };
         if meta.size >= SMALL_FILE_BYTES {
             return self.submit(Job::File(file));
         }
@@ -183,7 +183,7 @@ impl<'a> Pipeline<'a> {
         self.flush_bundle()?;
         let monitor = self.shared.monitor;
         monitor.begin(&file.path);
-        let Some((open, mut node)) = file::open(monitor, file) else {
+        let Ok((open, mut node)) = file::open(monitor, file) else {
             return Ok(());
         };
         let ranges = file::ranges(&open, &node);

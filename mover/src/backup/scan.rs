@@ -15,7 +15,7 @@ use rustix::io::Errno;
 
 use super::Request;
 use super::assemble::{Tree, count};
-use super::file::{self, Shared};
+use super::file::{self, Known, Shared};
 use super::parent::{ChangedBy, Found, Parent};
 use super::pipeline::Pipeline;
 use super::sparse::BundleUse;
@@ -118,7 +118,7 @@ pub(super) struct NewFile {
     pub(super) name: Vec<u8>,
     pub(super) meta: Meta,
     pub(super) fs: u32,
-    pub(super) part: Option<(Content, u64)>,
+    pub(super) known: Option<Known>,
 }
 
 /// One folder on the path from the root to where the walk stands.
@@ -250,9 +250,7 @@ impl<'a, S: Sink> Walk<'a, S> {
         };
         if meta.kind == Kind::File {
             self.summary.files_changed += 1;
-            let part = found
-                .as_ref()
-                .and_then(|found| Some((Parent::part(found)?.clone(), found.node()?.size)));
+            let known = found.as_ref().and_then(Found::small_file);
             return self.sink.file(NewFile {
                 key: self.key.clone(),
                 path: path(&self.key),
@@ -260,7 +258,7 @@ impl<'a, S: Sink> Walk<'a, S> {
                 name,
                 meta: *meta,
                 fs,
-                part,
+                known,
             });
         }
         let path = path(&self.key);
@@ -305,6 +303,9 @@ impl<'a, S: Sink> Walk<'a, S> {
         };
         if !parent.is_unchanged(&found, meta, fs, changed_by) {
             return Ok(Err(Some(found)));
+        }
+        if parent.is_given_up(&found) {
+            return Ok(Err(Some(found.give_up())));
         }
         let mut extents = Vec::new();
         if found.node().is_some_and(|node| node.content == Content::Extents) {

@@ -3,7 +3,9 @@
 //! A bundle keeps the bytes of changed and deleted files until none of its files is used any more.
 //! Where single files change here and there, that is hardly ever, and a repository would grow without
 //! bound. What is stored anew costs the space of both copies until the older snapshots are forgotten,
-//! so this pays only for bundles that are more than half unused.
+//! so this pays only for bundles that are more than half unused, and not at all where snapshots are
+//! kept for much longer than it takes files to change. A bundle that equal folders or other lineages
+//! share stays for their sake.
 
 use std::collections::HashMap;
 
@@ -11,21 +13,30 @@ use chunkstore::limits::SPARSE_PACKS_MAX;
 use chunkstore::pack::Location;
 use chunkstore::tree::{Content, Entry, Liveness};
 
-/// Bundles counted at once, some 3 MiB: all of 16 GiB of small files. Of more, a share is looked at.
+/// Bundles counted at once, some 3 MiB: up to 16 GiB of small files. Of more, a share is looked at.
 const COUNTED_MAX: usize = 16 << 10;
 
 /// Bytes that the next backup may store anew, if a sixteenth of all small files is less: volumes are
 /// saved for the first time at once, and so their bundles become sparse all at once.
 const ANEW_BYTES: u64 = 64 << 20;
 
+/// As many files likewise: each has to be opened.
+const ANEW_FILES: u64 = 20_000;
+
 /// How much of a bundle is used.
 #[derive(Debug, Clone, Copy)]
 struct Use {
     used: u64,
     len: u32,
+    files: u32,
 }
 
 impl Use {
+    fn join(&mut self, used: u64, files: u32) {
+        self.used = self.used.saturating_add(used);
+        self.files = self.files.saturating_add(files);
+    }
+
     fn is_sparse(self) -> bool {
         2 * self.used < u64::from(self.len)
     }
@@ -59,10 +70,11 @@ impl BundleUse {
         let Some(node) = entry.node() else { return };
         let Content::Part { bundle, .. } = &node.content else { return };
         match &mut self.last {
-            Some((at, counted)) if *at == bundle.location => counted.used += node.size,
+            Some((at, counted)) if *at == bundle.location => counted.join(node.size, 1),
             _ => {
                 self.settle();
-                self.last = Some((bundle.location, Use { used: node.size, len: bundle.len }));
+                self.last =
+                    Some((bundle.location, Use { used: node.size, len: bundle.len, files: 1 }));
             }
         }
     }
@@ -78,7 +90,10 @@ impl BundleUse {
         if !self.is_looked_at(at) {
             return;
         }
-        self.bundles.entry(at).and_modify(|known| known.used += counted.used).or_insert(counted);
+        self.bundles
+            .entry(at)
+            .and_modify(|known| known.join(counted.used, counted.files))
+            .or_insert(counted);
         while self.bundles.len() > self.counted_max && self.mask < u64::MAX {
             self.mask = self.mask << 1 | 1;
             let mut bundles = std::mem::take(&mut self.bundles);
@@ -90,18 +105,25 @@ impl BundleUse {
     /// The bundles to be stored anew, the emptiest if there are too many.
     pub(super) fn sparse(mut self) -> Liveness {
         self.settle();
-        let all: u64 = self.bundles.values().map(|one| one.used).sum();
+        // As if all had been looked at.
+        let share = self.mask.saturating_add(1);
+        let sixteenth = |of: fn(&Use) -> u64| {
+            self.bundles.values().map(of).fold(0, u64::saturating_add).saturating_mul(share) / 16
+        };
+        let mut bytes = ANEW_BYTES.max(sixteenth(|one| one.used));
+        let mut files = ANEW_FILES.max(sixteenth(|one| one.files.into()));
         let mut sparse: Vec<_> =
             self.bundles.into_iter().filter(|(_, counted)| counted.is_sparse()).collect();
         sparse.sort_unstable_by_key(|(at, counted)| (counted.thousandths(), *at));
-        let mut left = ANEW_BYTES.max(all / 16);
         let mut chosen = Liveness::default();
         for (at, counted) in sparse {
-            let Some(rest) = left.checked_sub(counted.used) else { break };
-            if chosen.0.len() < SPARSE_PACKS_MAX || chosen.0.contains_key(&at.pack) {
-                left = rest;
-                chosen.mark(at);
+            if chosen.0.len() >= SPARSE_PACKS_MAX && !chosen.0.contains_key(&at.pack) {
+                continue;
             }
+            let left = (bytes.checked_sub(counted.used), files.checked_sub(counted.files.into()));
+            let (Some(less_bytes), Some(less_files)) = left else { break };
+            (bytes, files) = (less_bytes, less_files);
+            chosen.mark(at);
         }
         chosen
     }
@@ -175,7 +197,19 @@ mod tests {
     }
 
     #[test]
-    fn of_very_many_bundles_a_share_is_looked_at_and_each_in_its_turn() {
+    fn a_snapshot_names_no_more_packs_than_it_may() {
+        let entries: Vec<_> = (0..2 * SPARSE_PACKS_MAX as u16)
+            .map(|n| {
+                let mut location = at(0, 0);
+                location.pack.0[..2].copy_from_slice(&n.to_be_bytes());
+                file(location, 10, 1000)
+            })
+            .collect();
+        assert_eq!(sparse(&entries).len(), SPARSE_PACKS_MAX);
+    }
+
+    #[test]
+    fn of_very_many_bundles_a_share_is_looked_at_and_all_in_time() {
         let location = |n: u64| {
             let mut pack = PackId([0; 16]);
             pack.0[..8].copy_from_slice(&(n.wrapping_mul(0x9e37_79b9_7f4a_7c15)).to_le_bytes());
