@@ -363,6 +363,21 @@ fn kill(cluster: &Cluster, label: &str) {
     cluster.kubectl(&[&which[..], &now].concat());
 }
 
+/// Kills each part once, and then two together, long before all volumes are done.
+fn everything_dies(cluster: &Cluster, many: &Many<'_>) {
+    many.until_done(1);
+    kill(cluster, "component=velero");
+    many.until_done(3);
+    kill(cluster, "name=node-agent");
+    many.until_done(5);
+    cluster.kill_api_server();
+    many.until_done(7);
+    cluster.kill_s3_server();
+    many.until_done(9);
+    kill(cluster, "component=velero");
+    kill(cluster, "name=node-agent");
+}
+
 /// Twenty volumes, of which no more than three are in flight, while everything is killed once, on the way there and
 /// on the way back.
 #[test]
@@ -371,17 +386,7 @@ fn twenty_volumes_survive_the_death_of_every_part() {
     let namespace = cluster.namespace("twenty");
     let pod = pod_of_many(&cluster, &namespace, 20);
     let many = Many::save(&cluster, &namespace, &pod, 20);
-    many.until_done(2);
-    kill(&cluster, "component=velero");
-    many.until_done(5);
-    kill(&cluster, "name=node-agent");
-    many.until_done(8);
-    cluster.kill_api_server();
-    many.until_done(10);
-    cluster.kill_s3_server();
-    many.until_done(12);
-    kill(&cluster, "component=velero");
-    kill(&cluster, "name=node-agent");
+    everything_dies(&cluster, &many);
     let backups = many.completed();
     cluster.wait_until_ready();
     // With nothing but the bucket.
@@ -392,17 +397,7 @@ fn twenty_volumes_survive_the_death_of_every_part() {
     }
 
     let many = Many::restore(&cluster, &namespace, "target", &backups);
-    many.until_done(1);
-    kill(&cluster, "name=node-agent");
-    many.until_done(5);
-    kill(&cluster, "component=velero");
-    many.until_done(9);
-    cluster.kill_s3_server();
-    many.until_done(12);
-    cluster.kill_api_server();
-    many.until_done(15);
-    kill(&cluster, "component=velero");
-    kill(&cluster, "name=node-agent");
+    everything_dies(&cluster, &many);
     many.completed();
     cluster.wait_until_ready();
     cluster.wait_for_pod(&namespace, "target");
