@@ -66,8 +66,8 @@ pub const CHUNKS_PER_ENTRY: usize = 64;
 /// file leaves the entries behind it as they are.
 pub const EXTENT_SPAN_BYTES: u64 = 64 << 20;
 
-/// Snapshot, session, configuration and key slot objects: JSON of a few hundred bytes, plus tags and up to 38 KiB of
-/// sparse bundles.
+/// Snapshot, session, configuration and key slot objects: JSON of a few hundred bytes, plus tags
+/// and up to 37 KiB of sparse bundles.
 pub const RECORD_BYTES_MAX: u64 = 1 << 20;
 /// Packs named by a snapshot for their sparse bundles: some 75 bytes each, so 37 KiB.
 pub const SPARSE_PACKS_MAX: usize = 512;

@@ -7,6 +7,7 @@ mod common;
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
 use chunkstore::gc::{PruneSettings, RepackSettings, prune};
 use chunkstore::id::SnapshotId;
@@ -35,6 +36,15 @@ fn clean(repository: &Repository) {
     for _ in 0..2 {
         prune(repository, &settings, Timestamp::now(), &|_| {}).unwrap();
     }
+}
+
+/// Saves 100 files, and again when 60 of them have changed: the other 40 keep bundles of all 100.
+fn saved_with_sparse_bundles(repository: &Arc<Repository>, source: &Path) {
+    files(source, 100);
+    save(repository, source);
+    (0..100).filter(|n| n % 5 < 3).for_each(|n| write(source, n, 1000 + n as u64));
+    let second = save(repository, source);
+    assert!(!whole(repository, second.id.unwrap()).sparse.0.is_empty());
 }
 
 fn stored(repository: &Repository) -> usize {
@@ -92,10 +102,7 @@ fn what_little_is_used_of_a_bundle_is_stored_anew_once() {
 fn what_cannot_be_read_again_is_kept_as_it_was() {
     let (repo, source) = (Repo::new(), memory_dir());
     let repository = &repo.repository;
-    files(source.path(), 100);
-    save(repository, source.path());
-    (0..100).filter(|n| n % 5 < 3).for_each(|n| write(source.path(), n, 1000 + n as u64));
-    save(repository, source.path());
+    saved_with_sparse_bundles(repository, source.path());
     let before = scan(source.path());
 
     // At the moment when they are to be read, one of the unchanged files has become unreadable, one is gone.
@@ -129,11 +136,7 @@ fn what_cannot_be_read_again_is_kept_as_it_was() {
 fn other_bytes_under_the_same_times_are_told() {
     let (repo, source) = (Repo::new(), memory_dir());
     let repository = &repo.repository;
-    files(source.path(), 100);
-    save(repository, source.path());
-    (0..100).filter(|n| n % 5 < 3).for_each(|n| write(source.path(), n, 1000 + n as u64));
-    let second = save(repository, source.path());
-    assert!(!whole(repository, second.id.unwrap()).sparse.0.is_empty());
+    saved_with_sparse_bundles(repository, source.path());
     let rotten = source.path().join("0004");
     let (times, len) = (fs::metadata(&rotten).unwrap(), fs::metadata(&rotten).unwrap().len());
     fs::write(&rotten, noise(77, len as usize)).unwrap();

@@ -17,7 +17,7 @@ mod service;
 type Step = (&'static str, &'static [&'static str]);
 
 /// Tests once more, on stores that are as OBS may be.
-const IGNORED: &str = "tests where stores ignore that objects be created only if absent";
+const WITHOUT_CONDITIONS: &str = "tests where stores ignore that objects be created only if absent";
 
 const TEST: &[Step] = &[
     ("format", &["cargo", "fmt", "--all", "--check"]),
@@ -64,7 +64,7 @@ const TEST: &[Step] = &[
     ),
     // But for what only waits, or is the same in both ways.
     (
-        IGNORED,
+        WITHOUT_CONDITIONS,
         &[
             "cargo",
             "test",
@@ -157,7 +157,7 @@ fn run(steps: &[Step]) -> Result<()> {
             child.envs(variables.iter().cloned());
         }
         match *name {
-            IGNORED => drop(child.env("EBACKUP_TEST_CONDITIONS", "ignored")),
+            WITHOUT_CONDITIONS => drop(child.env("EBACKUP_TEST_CONDITIONS", "ignored")),
             "documentation" => drop(child.env("RUSTDOCFLAGS", "-D warnings")),
             _ => {}
         }

@@ -39,7 +39,16 @@ pub(super) struct FileToRead {
     /// Its path, for messages.
     pub(super) path: Vec<u8>,
     pub(super) fs: u32,
+    /// What the parent has of it.
     pub(super) known: Option<Known>,
+}
+
+/// A file that was to be opened.
+pub(super) enum Opened {
+    /// It is open; its entry, without content.
+    Open(File, Node),
+    /// It could not be opened, of which a warning was given; what is to be saved of it.
+    Not(Option<Node>),
 }
 
 /// What the parent has of a small file, where that can be referred to again.
@@ -156,10 +165,8 @@ impl Worker<'_> {
     fn member(&mut self, file: &FileToRead, bundle: &mut Vec<u8>) -> Result<Member> {
         let ticket = file.ticket;
         let (open, mut node) = match self.open(file) {
-            Ok(opened) => opened,
-            Err(node) => {
-                return Ok(Member { ticket, node: node.map(|node| *node), place: None });
-            }
+            Opened::Open(open, node) => (open, node),
+            Opened::Not(node) => return Ok(Member { ticket, node, place: None }),
         };
         let start = bundle.len();
         // It may have grown since it was listed; then it is cut like any larger file.
@@ -174,7 +181,7 @@ impl Worker<'_> {
                 bundle.truncate(start);
                 let message = format!("cannot be read: {error}");
                 let node = unreadable(self.shared.monitor, file, message);
-                return Ok(Member { ticket, node: node.map(|node| *node), place: None });
+                return Ok(Member { ticket, node, place: None });
             }
         };
         bundle.truncate(start + read);
@@ -223,8 +230,8 @@ impl Worker<'_> {
 
     fn medium_file(&mut self, file: &FileToRead) -> Result<Option<Node>> {
         match self.open(file) {
-            Ok((open, node)) => self.cut(file, &open, node),
-            Err(node) => Ok(node.map(|node| *node)),
+            Opened::Open(open, node) => self.cut(file, &open, node),
+            Opened::Not(node) => Ok(node),
         }
     }
 
@@ -246,7 +253,7 @@ impl Worker<'_> {
                     Ok(None) => break,
                     Err(error) => {
                         let message = format!("cannot be read: {error}");
-                        return Ok(unreadable(self.shared.monitor, file, message).map(|node| *node));
+                        return Ok(unreadable(self.shared.monitor, file, message));
                     }
                 };
                 let bytes = &buffer[piece];
@@ -266,7 +273,7 @@ impl Worker<'_> {
         Ok(Some(node))
     }
 
-    fn open(&self, file: &FileToRead) -> std::result::Result<(File, Node), Option<Box<Node>>> {
+    fn open(&self, file: &FileToRead) -> Opened {
         self.shared.monitor.begin(&file.path);
         open(self.shared.monitor, file)
     }
@@ -279,36 +286,33 @@ impl Worker<'_> {
     }
 }
 
-/// Opens a file and reads its metadata; else, what is to be saved of it.
-pub(super) fn open(
-    monitor: &dyn Monitor,
-    file: &FileToRead,
-) -> std::result::Result<(File, Node), Option<Box<Node>>> {
+/// Opens a file and reads its metadata.
+pub(super) fn open(monitor: &dyn Monitor, file: &FileToRead) -> Opened {
     let (open, meta) = match file.dir.open_file(&file.name) {
         Ok(opened) => opened,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let message = "vanished before it could be read".to_owned();
             monitor.warning(Warning { path: file.path.clone(), message, missing: false });
-            return Err(None);
+            return Opened::Not(None);
         }
         Err(error) => {
-            return Err(unreadable(monitor, file, format!("cannot be opened: {error}")));
+            return Opened::Not(unreadable(monitor, file, format!("cannot be opened: {error}")));
         }
     };
     let xattrs = keep_xattrs(monitor, &file.path, file_xattrs(&open));
     let node = node(&meta, file.fs, xattrs, Content::None);
-    Ok((open, node))
+    Opened::Open(open, node)
 }
 
 /// What is to be saved of a file that cannot be read, of which `message` warns: nothing, unless the
 /// parent has all of it.
-fn unreadable(monitor: &dyn Monitor, file: &FileToRead, message: String) -> Option<Box<Node>> {
+fn unreadable(monitor: &dyn Monitor, file: &FileToRead, message: String) -> Option<Node> {
     let path = file.path.clone();
     match &file.known {
         Some(Known::GivenUp(node)) => {
             let message = format!("{message}; it is kept as the last snapshot has it");
             monitor.warning(Warning { path, message, missing: false });
-            Some(node.clone())
+            Some((**node).clone())
         }
         _ => {
             monitor.warning(Warning { path, message, missing: true });

@@ -16,7 +16,8 @@ use crossbeam_channel::{Receiver, Sender};
 use super::Resources;
 use super::assemble::{Assembler, Tree};
 use super::file::{
-    self, BlockReader, Blocks, BundlePlanner, Done, FileToRead, Job, LARGE_FILE_BYTES, Shared,
+    self, BlockReader, Blocks, BundlePlanner, Done, FileToRead, Job, LARGE_FILE_BYTES, Opened,
+    Shared,
 };
 use super::parent::Found;
 use super::scan::{NewFile, Sink, path};
@@ -183,7 +184,7 @@ impl<'a> Pipeline<'a> {
         self.flush_bundle()?;
         let monitor = self.shared.monitor;
         monitor.begin(&file.path);
-        let Ok((open, mut node)) = file::open(monitor, file) else {
+        let Opened::Open(open, mut node) = file::open(monitor, file) else {
             return Ok(());
         };
         let ranges = file::ranges(&open, &node);
