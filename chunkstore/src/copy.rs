@@ -292,6 +292,7 @@ impl Copy<'_> {
         };
         let chunks = match &mut entry.body {
             Body::Extent(chunks) => chunks,
+            Body::End(_) | Body::Absent(_) => return Ok(entry),
             Body::Node(node) => match &mut node.content {
                 Content::Chunks(chunks) => chunks,
                 Content::Part { bundle, hash, .. } => {

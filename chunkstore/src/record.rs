@@ -83,8 +83,12 @@ pub struct Summary {
     pub files_unmodified: u64,
     /// Files and attributes that could not be saved, or changed meanwhile.
     pub warnings: u64,
-    /// How many of the warnings are files of which nothing could be saved.
-    pub files_unreadable: u64,
+    /// How many of the warnings are files and folders that could not be read, or not to their end.
+    pub files_missing: u64,
+    /// How many are files that changed while they were read.
+    pub files_changed_while_read: u64,
+    /// How many are files and folders that vanished before they could be read.
+    pub files_vanished: u64,
 }
 
 /// Where a copied snapshot comes from.

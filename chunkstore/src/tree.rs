@@ -25,7 +25,8 @@ pub use cursor::{EntryCursor, LeafAt, NodeSource, TreeCursor, for_each_node};
 pub(crate) use cursor::{ReadAhead, load_interior, load_leaf};
 pub use diff::{Change, diff};
 pub use entry::{
-    BlobRef, Body, Chunk, Content, Entry, Kind, Node, Timestamp, Xattrs, child_key, extent_key,
+    Absence, BlobRef, Body, Chunk, Content, End, Entry, Kind, Node, State, Timestamp, Xattrs,
+    child_key, end_key, extent_key,
 };
 pub use node::{
     ChildRef, Interior, Leaf, Liveness, NodeRef, PackUse, decode_interior, decode_leaf,

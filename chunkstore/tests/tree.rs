@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use chunkstore::pack::BlobKind;
 use chunkstore::testing::MemoryNodes;
 use chunkstore::tree::{
-    Body, Change, Content, Entry, EntryCursor, Kind, Liveness, Node, NodeRef, Timestamp,
+    Body, Change, Content, Entry, EntryCursor, Kind, Liveness, Node, NodeRef, State, Timestamp,
     TreeBuilder, TreeCursor, decode_interior, decode_leaf, diff, extent_key, for_each_node,
 };
 use proptest::prelude::*;
@@ -424,6 +424,9 @@ fn a_body_of_every_kind_occurs() {
         let value = body().new_tree(&mut runner).unwrap().current();
         kinds.insert(match value {
             Body::Extent(_) => "extent",
+            Body::End(_) => "end",
+            Body::Absent(_) => "absent",
+            Body::Node(node) if node.state != State::Whole => "not whole",
             Body::Node(node) => match (node.kind, node.content) {
                 (Kind::File, Content::None) => "none",
                 (Kind::File, Content::Inline(_)) => "inline",
@@ -436,5 +439,5 @@ fn a_body_of_every_kind_occurs() {
             },
         });
     }
-    assert_eq!(kinds.len(), 9, "{kinds:?}");
+    assert_eq!(kinds.len(), 12, "{kinds:?}");
 }

@@ -30,7 +30,7 @@ mod sparse;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use chunkstore::codec::compress::Level;
 use chunkstore::id::SnapshotId;
@@ -45,7 +45,7 @@ pub use settings::{MEMORY_BYTES_MIN, Resources};
 use assemble::Tree;
 
 use crate::fs::Dir;
-use crate::monitor::{Monitor, Warning};
+use crate::monitor::{Monitor, Warning, WarningCounts};
 
 /// Whether to leave out the entry at a path from the root of the backup, which is a folder or not.
 pub type Excludes<'a> = dyn Fn(&[u8], bool) -> bool + Sync + 'a;
@@ -109,7 +109,7 @@ pub fn backup(
     clock: &dyn Fn() -> jiff::Timestamp,
     monitor: &dyn Monitor,
 ) -> Result<Outcome> {
-    let monitor = &Counting { inner: monitor, warnings: 0.into(), missing: 0.into() };
+    let monitor = &Counting { inner: monitor, counts: WarningCounts::default() };
     let root = match &request.opened {
         Some(opened) => opened.clone(),
         None => open_source(&request.source)?,
@@ -145,8 +145,10 @@ pub fn backup(
     };
     let counters = writer.counters();
     summary.blobs_new = counters.blobs_new.load(Ordering::Relaxed);
-    summary.warnings = monitor.warnings.load(Ordering::Relaxed);
-    summary.files_unreadable = monitor.missing.load(Ordering::Relaxed);
+    summary.warnings = monitor.counts.all();
+    summary.files_missing = monitor.counts.missing();
+    summary.files_changed_while_read = monitor.counts.changed();
+    summary.files_vanished = monitor.counts.vanished();
     let mut snapshot = Snapshot {
         root,
         level,
@@ -174,8 +176,7 @@ pub fn backup(
 /// Counts warnings on their way, so that the snapshot has them.
 struct Counting<'a> {
     inner: &'a dyn Monitor,
-    warnings: AtomicU64,
-    missing: AtomicU64,
+    counts: WarningCounts,
 }
 
 impl Monitor for Counting<'_> {
@@ -188,8 +189,7 @@ impl Monitor for Counting<'_> {
     }
 
     fn warning(&self, warning: Warning) {
-        self.warnings.fetch_add(1, Ordering::Relaxed);
-        self.missing.fetch_add(u64::from(warning.missing), Ordering::Relaxed);
+        self.counts.add(warning.concern);
         self.inner.warning(warning);
     }
 

@@ -1,6 +1,7 @@
 //! How long work tells what it is doing, and learns that it should stop.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Something that was not saved or restored as it should be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -9,8 +10,65 @@ pub struct Warning {
     pub path: Vec<u8>,
     /// What happened.
     pub message: String,
-    /// Whether the object is missing altogether, not just changed or without an attribute.
-    pub missing: bool,
+    /// What it means for the object.
+    pub concern: Concern,
+}
+
+/// What a warning means for the object it is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Concern {
+    /// Content that should be in the snapshot or the target is not there, or not all of it.
+    Missing,
+    /// It changed while it was read: what is saved may be of different moments.
+    Changed,
+    /// It vanished before it could be read, and is not saved.
+    Vanished,
+    /// Something less: an attribute, a link, a hint.
+    Detail,
+}
+
+/// How many warnings there were, in all and of each concern.
+#[derive(Debug, Default)]
+pub struct WarningCounts {
+    all: AtomicU64,
+    missing: AtomicU64,
+    changed: AtomicU64,
+    vanished: AtomicU64,
+}
+
+impl WarningCounts {
+    /// Counts one.
+    pub fn add(&self, concern: Concern) {
+        self.all.fetch_add(1, Ordering::Relaxed);
+        let counter = match concern {
+            Concern::Missing => &self.missing,
+            Concern::Changed => &self.changed,
+            Concern::Vanished => &self.vanished,
+            Concern::Detail => return,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// All warnings.
+    pub fn all(&self) -> u64 {
+        self.all.load(Ordering::Relaxed)
+    }
+
+    /// Those of [`Concern::Missing`].
+    pub fn missing(&self) -> u64 {
+        self.missing.load(Ordering::Relaxed)
+    }
+
+    /// Those of [`Concern::Changed`].
+    pub fn changed(&self) -> u64 {
+        self.changed.load(Ordering::Relaxed)
+    }
+
+    /// Those of [`Concern::Vanished`].
+    pub fn vanished(&self) -> u64 {
+        self.vanished.load(Ordering::Relaxed)
+    }
 }
 
 impl fmt::Display for Warning {

@@ -42,7 +42,7 @@ use chunkstore::{Error, ErrorKind, Result};
 use rustix::io::Errno;
 
 use crate::fs::{AttrFailure, Dir, is_plain_name};
-use crate::monitor::{Monitor, Warning, display_path};
+use crate::monitor::{Concern, Monitor, Warning, display_path};
 use folders::Folders;
 use links::Links;
 
@@ -281,14 +281,18 @@ impl Shared<'_> {
         self.monitor.warning(Warning {
             path: path.into(),
             message: message.into(),
-            missing: false,
+            concern: Concern::Detail,
         });
     }
 
     /// Reports a file or folder that could not be restored.
     fn fail(&self, path: &[u8], message: impl Into<String>) {
         count(&self.counters.files_failed, 1);
-        self.monitor.warning(Warning { path: path.into(), message: message.into(), missing: true });
+        self.monitor.warning(Warning {
+            path: path.into(),
+            message: message.into(),
+            concern: Concern::Missing,
+        });
     }
 
     /// As [`fail`](Self::fail), for a failed call: one that no other file would survive ends everything.

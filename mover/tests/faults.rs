@@ -332,7 +332,7 @@ fn what_cannot_be_read_is_named_and_the_rest_is_saved() {
     site.source().mode("source/closed", 0o700);
     let run = site.run(&["backup", "source", "--json"]).ends_with(3);
     let run = run.says("secret: cannot be opened").says("closed: ");
-    assert_eq!((run.number("files_unreadable"), run.number("warnings")), (2, 2));
+    assert_eq!((run.number("files_missing"), run.number("warnings")), (2, 2));
     let expected = scan(&site.path("source"));
     site.prefix.clear();
     let found = site.restored();

@@ -17,7 +17,7 @@ use chunkstore::pack::BlobKind;
 use chunkstore::record::Session;
 use chunkstore::repository::Repository;
 use chunkstore::tree::{
-    Body, Chunk, Content, Entry, Node, NodeRef, TreeBuilder, Xattrs, extent_key,
+    Body, Chunk, Content, Entry, Node, NodeRef, State, TreeBuilder, Xattrs, extent_key,
 };
 use chunkstore::writer::{Writer, WriterSettings};
 use mover::fs::{Dir, Kind, Listing, Timestamp};
@@ -68,6 +68,7 @@ fn node(kind: Kind, mode: u32) -> Node {
         linked: false,
         rdev: (0, 0),
         xattrs: Xattrs::new(),
+        state: State::Whole,
         content: Content::None,
     }
 }

@@ -324,7 +324,7 @@ fn text(key: &[u8]) -> String {
 fn path(entry: &Entry) -> String {
     match entry.body {
         // Behind the file's key stand two zero bytes and the number of the span.
-        Body::Extent(_) => text(&entry.key[..entry.key.len().saturating_sub(10)]),
-        Body::Node(_) => text(&entry.key),
+        Body::Extent(_) | Body::End(_) => text(&entry.key[..entry.key.len().saturating_sub(10)]),
+        Body::Node(_) | Body::Absent(_) => text(&entry.key),
     }
 }

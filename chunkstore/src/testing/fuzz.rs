@@ -22,8 +22,8 @@ use crate::pack::{BlobKind, Location, Pack, PackBuilder, PackClass, ReadScratch}
 use crate::record::{self, Config, Session, Tombstones, Verdict};
 use crate::relocation::{self, Relocations};
 use crate::tree::{
-    Body, Chunk, Content, Entry, EntryCursor, Kind, Node, Timestamp, TreeBuilder, TreeCursor,
-    decode_interior, decode_leaf, extent_key,
+    Absence, Body, Chunk, Content, End, Entry, EntryCursor, Kind, Node, State, Timestamp,
+    TreeBuilder, TreeCursor, decode_interior, decode_leaf, end_key, extent_key,
 };
 
 /// A body: whether the bytes were accepted.
@@ -429,12 +429,15 @@ fn sample_entries() -> Vec<Entry> {
         linked: false,
         rdev: if kind == Kind::CharDevice { (1, 3) } else { (0, 0) },
         xattrs: Vec::new(),
+        state: State::Whole,
         content,
     };
     let chunk = |offset, byte| Chunk { offset, blob: blob(byte) };
     let part = Content::Part { bundle: blob(1), offset: 10, hash: [4; 16] };
     let mut attributed = node(Kind::File, 0, Content::None);
     attributed.xattrs = vec![(b"user.a".to_vec(), b"b".to_vec())];
+    let mut cut = node(Kind::File, 1, Content::Inline(b"a".to_vec()));
+    cut.state = State::Cut;
     let mut entries = vec![
         (b"".to_vec(), Body::Node(node(Kind::Dir, 0, Content::None))),
         (b"a".to_vec(), Body::Node(node(Kind::File, 3, Content::Inline(b"abc".to_vec())))),
@@ -445,9 +448,12 @@ fn sample_entries() -> Vec<Entry> {
         ),
         (b"d".to_vec(), Body::Node(node(Kind::File, 1 << 30, Content::Extents))),
         (extent_key(b"d", 0), Body::Extent(vec![chunk(7, 4), chunk(9000, 2)])),
+        (end_key(b"d"), Body::End(End { size: 1 << 20, state: State::Changed })),
+        (b"da".to_vec(), Body::Absent(Absence::Unreadable)),
         (b"e".to_vec(), Body::Node(node(Kind::Symlink, 2, Content::Inline(b"to".to_vec())))),
         (b"f".to_vec(), Body::Node(node(Kind::CharDevice, 0, Content::None))),
         (b"g".to_vec(), Body::Node(attributed)),
+        (b"ga".to_vec(), Body::Node(cut)),
     ];
     for n in 0..1500 {
         let key = format!("h\0{n:05}").into_bytes();

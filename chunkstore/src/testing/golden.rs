@@ -12,8 +12,8 @@ use crate::key_slot::Unlock;
 use crate::pack::{PackClass, ReadScratch};
 use crate::repository::Repository;
 use crate::tree::{
-    BlobRef, Body, Chunk, Content, Entry, EntryCursor, Kind, Node, Timestamp, TreeCursor,
-    child_key, extent_key,
+    Absence, BlobRef, Body, Chunk, Content, End, Entry, EntryCursor, Kind, Node, State, Timestamp,
+    TreeCursor, child_key, end_key, extent_key,
 };
 
 /// The secret of the key slot that no passphrase opens.
@@ -64,6 +64,7 @@ pub fn entries(round: u64, store: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) -> R
         linked: false,
         rdev: (0, 0),
         xattrs: Vec::new(),
+        state: State::Whole,
         content,
     };
     let file = |size, content| node(Kind::File, size, content);
@@ -79,6 +80,8 @@ pub fn entries(round: u64, store: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) -> R
     let mut attributed = file(0, Content::None);
     attributed.xattrs = vec![(b"user.name".to_vec(), b"value".to_vec())];
     attributed.linked = true;
+    let mut kept = file(6, Content::Inline(b"before".to_vec()));
+    kept.state = State::Kept;
     let mut device = node(Kind::CharDevice, 0, Content::None);
     device.rdev = (1, 3);
     let mut entries = vec![
@@ -87,8 +90,11 @@ pub fn entries(round: u64, store: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) -> R
         (b"chunks".to_vec(), Body::Node(file(40_000, Content::Chunks(chunks)))),
         (b"device".to_vec(), Body::Node(device)),
         (b"inline".to_vec(), Body::Node(file(7, Content::Inline(b"content".to_vec())))),
+        (b"kept".to_vec(), Body::Node(kept)),
         (b"large".to_vec(), Body::Node(file(100 << 20, Content::Extents))),
         (extent_key(b"large", extent.offset), Body::Extent(vec![extent])),
+        (end_key(b"large"), Body::End(End { size: 80 << 20, state: State::Cut })),
+        (b"left out".to_vec(), Body::Absent(Absence::Excluded)),
         (b"link".to_vec(), Body::Node(node(Kind::Symlink, 2, Content::Inline(b"to".to_vec())))),
         (b"names \xff\n".to_vec(), Body::Node(node(Kind::Fifo, 0, Content::None))),
         (b"part 1".to_vec(), Body::Node(file(3000, part(0, 1)))),
@@ -126,7 +132,7 @@ pub fn manifest(repository: &Repository) -> Result<String> {
             let described = format!("{} {:?}", entry.key.escape_ascii(), entry.body);
             count += 1;
             all.update(described.as_bytes());
-            if count <= 12 {
+            if count <= 16 {
                 line(described);
             }
             for blob in entry.blobs() {

@@ -14,7 +14,7 @@ pub enum Change {
     Removed(Entry),
     /// Both have it, and the content or kind differs.
     Content(Entry, Entry),
-    /// Both have it with the same content, and owner, mode, times or attributes differ.
+    /// Both have it with the same content, and owner, mode, times, attributes or state differ.
     Metadata(Entry, Entry),
 }
 
@@ -46,7 +46,9 @@ pub fn diff(
         if order.is_ge() {
             after = take(&mut new)?;
         }
-        match (before, after) {
+        // What is not saved is not there: it neither comes nor goes.
+        let is_saved = |(entry, _): &(Entry, _)| entry.node().is_some();
+        match (before.filter(is_saved), after.filter(is_saved)) {
             (Some(a), Some(b)) => compare(a, b, each)?,
             (Some((a, _)), None) => each(Change::Removed(a))?,
             (None, Some((b, _))) => each(Change::Added(b))?,
@@ -70,16 +72,23 @@ fn skip_equal_leaf(old: &mut EntryCursor<'_>, new: &mut EntryCursor<'_>) -> Resu
     Ok(true)
 }
 
-/// A node entry, with a hash of the extent entries that follow it.
+/// A node entry, with a hash of the extent entries that follow it; size and state are those at the end
+/// of them.
 fn take(cursor: &mut EntryCursor<'_>) -> Result<Option<(Entry, blake3::Hash)>> {
-    let Some(entry) = cursor.peek()?.cloned() else {
+    let Some(mut entry) = cursor.peek()?.cloned() else {
         return Ok(None);
     };
     cursor.advance();
     let mut extents = blake3::Hasher::new();
-    while let Some(Body::Extent(chunks)) = cursor.peek()?.map(|entry| &entry.body) {
-        for chunk in chunks {
-            extents.update(&chunk.offset.to_le_bytes()).update(&chunk.blob.id.0);
+    while let Some(following) = cursor.peek()?.filter(|following| following.continues_file()) {
+        match (&following.body, &mut entry.body) {
+            (Body::Extent(chunks), _) => {
+                for chunk in chunks {
+                    extents.update(&chunk.offset.to_le_bytes()).update(&chunk.blob.id.0);
+                }
+            }
+            (Body::End(end), Body::Node(node)) => (node.size, node.state) = (end.size, end.state),
+            _ => {}
         }
         cursor.advance();
     }
@@ -126,5 +135,5 @@ fn content_key(node: &Node) -> Vec<u8> {
 }
 
 fn metadata_key(node: &Node) -> impl PartialEq + '_ {
-    (node.mode, node.uid, node.gid, node.mtime, &node.xattrs)
+    (node.mode, node.uid, node.gid, node.mtime, node.state, &node.xattrs)
 }

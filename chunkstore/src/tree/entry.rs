@@ -92,6 +92,113 @@ pub enum Content {
     Extents,
 }
 
+/// How far an entry is what the source had when it was saved. The number is part of the format.
+///
+/// Only an entry that is [`Whole`](Self::Whole) may be taken over by a later backup as unchanged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[repr(u8)]
+pub enum State {
+    /// Just what it was.
+    #[default]
+    Whole = 0,
+    /// A file that changed while it was read: as long as it was when it was opened, but parts of it may
+    /// be of different moments.
+    Changed = 1,
+    /// A file that was not read to its end: its first bytes. A folder whose names could not all be
+    /// read: some of them.
+    Cut = 2,
+    /// A file that could not be read: what the snapshot before had of it.
+    Kept = 3,
+    /// A folder of another file system, which was not looked into.
+    OtherFileSystem = 4,
+    /// A folder marked as a cache, of which only the mark is saved.
+    Cache = 5,
+    /// A folder that holds the repository itself, which was not looked into.
+    Repository = 6,
+}
+
+impl State {
+    /// The state with this number.
+    pub fn from_byte(byte: u8) -> Option<Self> {
+        use State::{Cache, Changed, Cut, Kept, OtherFileSystem, Repository, Whole};
+        [Whole, Changed, Cut, Kept, OtherFileSystem, Cache, Repository]
+            .get(usize::from(byte))
+            .copied()
+    }
+
+    /// Whether an entry of this kind can be in this state.
+    pub fn suits(self, kind: Kind) -> bool {
+        match self {
+            Self::Whole => true,
+            Self::Changed | Self::Kept => kind == Kind::File,
+            Self::Cut => matches!(kind, Kind::File | Kind::Dir),
+            Self::OtherFileSystem | Self::Cache | Self::Repository => kind == Kind::Dir,
+        }
+    }
+
+    /// Whether something that should have been saved was not: a restore must not pass it off as whole.
+    pub fn is_incomplete(self) -> bool {
+        matches!(self, Self::Cut | Self::Kept)
+    }
+
+    /// Whether a folder in this state may hold names in the source that the tree does not have.
+    pub fn hides_names(self) -> bool {
+        matches!(self, Self::Cut | Self::OtherFileSystem | Self::Cache | Self::Repository)
+    }
+
+    /// What is to be told of an entry in this state; nothing of a whole one.
+    pub fn explained(self) -> Option<&'static str> {
+        Some(match self {
+            Self::Whole => return None,
+            Self::Changed => "changed while it was saved",
+            Self::Cut => "could not be read to its end when it was saved",
+            Self::Kept => {
+                "could not be read when it was saved: this is what the snapshot before had"
+            }
+            Self::OtherFileSystem => "another file system, left out when it was saved",
+            Self::Cache => "a cache, left out when it was saved",
+            Self::Repository => "the repository itself, left out when it was saved",
+        })
+    }
+}
+
+/// Why a name that the source had is not in the tree. The number is part of the format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[repr(u8)]
+pub enum Absence {
+    /// It could not be read.
+    Unreadable = 0,
+    /// It was excluded.
+    Excluded = 1,
+}
+
+impl Absence {
+    /// The reason with this number.
+    pub fn from_byte(byte: u8) -> Option<Self> {
+        [Self::Unreadable, Self::Excluded].get(usize::from(byte)).copied()
+    }
+
+    /// What is to be told of it.
+    pub fn explained(self) -> &'static str {
+        match self {
+            Self::Unreadable => "is not in the snapshot: it could not be read when it was saved",
+            Self::Excluded => "is not in the snapshot: it was excluded when it was saved",
+        }
+    }
+}
+
+/// How the reading of a large file ended that was not [`State::Whole`]. It is known only when the
+/// extents have been written, and stands behind them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct End {
+    /// Bytes of the file as it was read, instead of [`Node::size`].
+    pub size: u64,
+    /// Instead of [`Node::state`].
+    pub state: State,
+}
+
 /// Extended attributes, by ascending name.
 pub type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
 
@@ -122,6 +229,9 @@ pub struct Node {
     pub rdev: (u32, u32),
     /// Extended attributes.
     pub xattrs: Xattrs,
+    /// How far it is what the source had. Of a file with [`Content::Extents`], an [`End`] may say
+    /// otherwise.
+    pub state: State,
     /// Where the bytes are.
     pub content: Content,
 }
@@ -143,21 +253,31 @@ pub enum Body {
     /// Chunks of the large file before it that begin within one span of the grid of
     /// [`EXTENT_SPAN_BYTES`].
     Extent(Vec<Chunk>),
+    /// How the reading of the large file before it ended, if it did not end well. Follows the extents.
+    End(End),
+    /// About a name that the source had, of which nothing is saved.
+    Absent(Absence),
 }
 
 impl Entry {
-    /// The node, unless it is an extent.
+    /// The node, if it is about a file system object that is saved.
     pub fn node(&self) -> Option<&Node> {
         match &self.body {
             Body::Node(node) => Some(node),
-            Body::Extent(_) => None,
+            Body::Extent(_) | Body::End(_) | Body::Absent(_) => None,
         }
+    }
+
+    /// Whether it belongs to the large file before it.
+    pub fn continues_file(&self) -> bool {
+        matches!(self.body, Body::Extent(_) | Body::End(_))
     }
 
     /// All blobs the entry refers to, in order.
     pub fn blobs(&self) -> impl Iterator<Item = &BlobRef> {
         let (one, many): (Option<&BlobRef>, &[Chunk]) = match &self.body {
             Body::Extent(chunks) => (None, chunks),
+            Body::End(_) | Body::Absent(_) => (None, &[]),
             Body::Node(node) => match &node.content {
                 Content::Part { bundle, .. } => (Some(bundle), &[]),
                 Content::Chunks(chunks) => (None, chunks),
@@ -192,5 +312,14 @@ pub fn extent_key(file: &[u8], offset: u64) -> Vec<u8> {
     key.extend_from_slice(file);
     key.extend_from_slice(&[0, 0]);
     key.extend_from_slice(&(offset / EXTENT_SPAN_BYTES).to_be_bytes());
+    key
+}
+
+/// Key of the [`End`] of file `file`: behind all its extents.
+pub fn end_key(file: &[u8]) -> Vec<u8> {
+    let mut key = Vec::with_capacity(file.len() + 10);
+    key.extend_from_slice(file);
+    key.extend_from_slice(&[0, 0]);
+    key.extend_from_slice(&[0xff; 8]);
     key
 }

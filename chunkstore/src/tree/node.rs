@@ -7,7 +7,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use super::entry::{BlobRef, Body, Chunk, Content, Entry, Kind, Node, Timestamp, Xattrs};
+use super::entry::{
+    Absence, BlobRef, Body, Chunk, Content, End, Entry, Kind, Node, State, Timestamp, Xattrs,
+};
 use crate::id::{BlobId, PackId};
 use crate::limits::{KEY_BYTES_MAX, PACK_BLOBS_MAX, TREE_LEVELS_MAX, XATTR_BYTES_MAX};
 use crate::pack::Location;
@@ -95,9 +97,12 @@ pub struct Interior {
 }
 
 const TAG_EXTENT: u8 = 7;
+const TAG_END: u8 = 7 | 1 << 3;
+const TAG_ABSENT: u8 = 7 | 2 << 3;
 const TAG_SAME_OWNER: u8 = 1 << 3;
 const TAG_XATTRS: u8 = 1 << 4;
 const TAG_LINKED: u8 = 1 << 5;
+const TAG_STATE: u8 = 1 << 6;
 
 const CONTENT_NONE: u8 = 0;
 const CONTENT_INLINE: u8 = 1;
@@ -156,6 +161,11 @@ impl LeafEncoder {
                 self.entries.push(TAG_EXTENT);
                 self.push_chunks(chunks);
             }
+            Body::End(end) => {
+                self.entries.extend_from_slice(&[TAG_END, end.state as u8]);
+                put_varint(&mut self.entries, end.size);
+            }
+            Body::Absent(why) => self.entries.extend_from_slice(&[TAG_ABSENT, *why as u8]),
         }
     }
 
@@ -166,7 +176,11 @@ impl LeafEncoder {
         tag |= flag(owner == self.state.owner, TAG_SAME_OWNER);
         tag |= flag(!node.xattrs.is_empty(), TAG_XATTRS);
         tag |= flag(node.linked, TAG_LINKED);
+        tag |= flag(node.state != State::Whole, TAG_STATE);
         self.entries.push(tag);
+        if node.state != State::Whole {
+            self.entries.push(node.state as u8);
+        }
         if owner != self.state.owner {
             put_varint(&mut self.entries, u64::from(node.mode));
             put_varint(&mut self.entries, u64::from(node.uid));
@@ -336,17 +350,34 @@ impl LeafReader<'_> {
         self.state.key.truncate(shared);
         self.state.key.extend_from_slice(suffix);
         let tag = self.decoder.u8()?;
-        let body = if tag == TAG_EXTENT {
-            Body::Extent(self.chunks()?)
-        } else {
-            Body::Node(self.node(tag)?)
+        let body = match tag {
+            TAG_EXTENT => Body::Extent(self.chunks()?),
+            TAG_END => Body::End(self.end()?),
+            TAG_ABSENT => Body::Absent(
+                Absence::from_byte(self.decoder.u8()?)
+                    .ok_or(DecodeError("a name is absent for an unknown reason"))?,
+            ),
+            _ => Body::Node(self.node(tag)?),
         };
         Ok(Entry { key: self.state.key.clone(), body })
     }
 
+    fn end(&mut self) -> DecodeResult<End> {
+        let state = self.state(Kind::File)?;
+        Ok(End { state, size: self.decoder.varint()? })
+    }
+
+    /// A state that is worth telling, of an entry of this kind.
+    fn state(&mut self, kind: Kind) -> DecodeResult<State> {
+        let state = State::from_byte(self.decoder.u8()?);
+        let state = state.filter(|state| *state != State::Whole && state.suits(kind));
+        state.ok_or(DecodeError("the state of an entry is impossible"))
+    }
+
     fn node(&mut self, tag: u8) -> DecodeResult<Node> {
-        let kind = Kind::from_byte(tag & 7).filter(|_| tag & 0xc0 == 0);
+        let kind = Kind::from_byte(tag & 7).filter(|_| tag & 0x80 == 0);
         let kind = kind.ok_or(DecodeError("an entry is of an unknown kind"))?;
+        let state = if tag & TAG_STATE == 0 { State::Whole } else { self.state(kind)? };
         let decoder = &mut self.decoder;
         if tag & TAG_SAME_OWNER == 0 {
             let owner = (decoder.varint_u32()?, decoder.varint_u32()?, decoder.varint_u32()?);
@@ -390,6 +421,7 @@ impl LeafReader<'_> {
             linked,
             rdev,
             xattrs,
+            state,
             content,
         })
     }

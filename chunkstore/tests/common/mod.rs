@@ -14,7 +14,7 @@ use chunkstore::pack::{PackClass, ReadScratch};
 use chunkstore::record::{Session, Snapshot, Summary};
 use chunkstore::repository::Repository;
 use chunkstore::tree::{
-    Chunk, Content, Entry, EntryCursor, Kind, Node, Timestamp, TreeBuilder, TreeCursor,
+    Chunk, Content, Entry, EntryCursor, Kind, Node, State, Timestamp, TreeBuilder, TreeCursor,
 };
 use chunkstore::writer::{Writer, WriterSettings};
 use objects::ObjectStore;
@@ -103,6 +103,7 @@ pub(crate) fn node(size: u64, content: Content) -> Node {
         linked: false,
         rdev: (0, 0),
         xattrs: Vec::new(),
+        state: State::Whole,
         content,
     }
 }

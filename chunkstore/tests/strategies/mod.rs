@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use chunkstore::id::{BlobId, PackId};
 use chunkstore::pack::Location;
 use chunkstore::tree::{
-    BlobRef, Body, ChildRef, Chunk, Content, Entry, Interior, Kind, Liveness, Node, NodeRef,
-    PackUse, Timestamp, Xattrs,
+    Absence, BlobRef, Body, ChildRef, Chunk, Content, End, Entry, Interior, Kind, Liveness, Node,
+    NodeRef, PackUse, State, Timestamp, Xattrs,
 };
 use proptest::collection::{btree_map, btree_set, vec};
 use proptest::prelude::*;
@@ -91,8 +91,8 @@ fn xattrs() -> impl Strategy<Value = Xattrs> {
 pub fn node() -> impl Strategy<Value = Node> {
     let owner = prop_oneof![Just((0o644, 0, 0)), (0..0o10000_u32, any::<u32>(), any::<u32>())];
     let identity = (any::<u64>(), 0..5_u32, any::<bool>(), any::<(u32, u32)>());
-    (content(), owner, timestamp(), timestamp(), identity, xattrs()).prop_map(
-        |((kind, size, content), (mode, uid, gid), mtime, ctime, identity, xattrs)| {
+    (content(), owner, timestamp(), timestamp(), identity, xattrs(), state()).prop_map(
+        |((kind, size, content), (mode, uid, gid), mtime, ctime, identity, xattrs, state)| {
             let (ino, fs, linked, rdev) = identity;
             let is_device = matches!(kind, Kind::CharDevice | Kind::BlockDevice);
             Node {
@@ -108,16 +108,28 @@ pub fn node() -> impl Strategy<Value = Node> {
                 linked,
                 rdev: if is_device { rdev } else { (0, 0) },
                 xattrs,
+                state: if state.suits(kind) { state } else { State::Whole },
                 content,
             }
         },
     )
 }
 
+fn state() -> impl Strategy<Value = State> {
+    (0..7_u8).prop_map(|state| State::from_byte(state).unwrap())
+}
+
+fn end() -> impl Strategy<Value = End> {
+    let state = (1..4_u8).prop_map(|state| State::from_byte(state).unwrap());
+    (large(), state).prop_map(|(size, state)| End { size, state })
+}
+
 pub fn body() -> impl Strategy<Value = Body> {
     prop_oneof![
         9 => node().prop_map(Body::Node),
         1 => chunks(0..30).prop_map(|(chunks, _)| Body::Extent(chunks)),
+        1 => end().prop_map(Body::End),
+        1 => (0..2_u8).prop_map(|why| Body::Absent(Absence::from_byte(why).unwrap())),
     ]
 }
 

@@ -8,7 +8,7 @@ use chunkstore::record::Summary;
 use objects::{Kind, Traffic};
 
 use super::failure::shorten;
-use crate::monitor::{Monitor, Warning};
+use crate::monitor::{Concern, Monitor, Warning};
 
 /// Warnings that are told in full, and bytes of each.
 const FIRST_WARNINGS: usize = 20;
@@ -98,7 +98,7 @@ impl JobMonitor {
     /// Counts what a backup that was done before had counted.
     pub(super) fn recall(&self, summary: &Summary) {
         self.warnings.store(summary.warnings, Ordering::Relaxed);
-        self.missing.store(summary.files_unreadable, Ordering::Relaxed);
+        self.missing.store(summary.files_missing, Ordering::Relaxed);
     }
 
     /// The first warning of a file that is missing altogether.
@@ -127,8 +127,8 @@ impl Monitor for JobMonitor {
 
     fn warning(&self, warning: Warning) {
         self.warnings.fetch_add(1, Ordering::Relaxed);
-        self.missing.fetch_add(u64::from(warning.missing), Ordering::Relaxed);
-        if warning.missing {
+        if warning.concern == Concern::Missing {
+            self.missing.fetch_add(1, Ordering::Relaxed);
             let mut first = lock(&self.first_missing);
             first.get_or_insert_with(|| shorten(warning.to_string(), WARNING_BYTES_MAX));
         }
@@ -255,7 +255,11 @@ mod tests {
         for n in 0..100 {
             let path = format!("{n}").into_bytes();
             let message = "x".repeat(2000);
-            monitor.warning(Warning { path, message, missing: n % 2 == 0 });
+            monitor.warning(Warning {
+                path,
+                message,
+                concern: if n % 2 == 0 { Concern::Missing } else { Concern::Detail },
+            });
         }
         let (all, missing, first) = monitor.warnings();
         assert_eq!((all, missing, first.len()), (100, 50, FIRST_WARNINGS));

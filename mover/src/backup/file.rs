@@ -20,13 +20,13 @@ use chunkstore::limits::{
 };
 use chunkstore::pack::BlobKind;
 use chunkstore::repository::Repository;
-use chunkstore::tree::{BlobRef, Chunk, Content, Kind, Node, Xattrs};
+use chunkstore::tree::{BlobRef, Chunk, Content, Kind, Node, State, Xattrs};
 use chunkstore::writer::Writer;
 use crossbeam_channel::{Receiver, Sender};
 
 use super::assemble::Ticket;
 use crate::fs::{self, Dir, Meta, data_ranges, file_xattrs};
-use crate::monitor::{Monitor, Warning};
+use crate::monitor::{Concern, Monitor, Warning};
 
 /// Files above this are cut by the scan itself and their chunks spread over the workers.
 pub(super) const LARGE_FILE_BYTES: u64 = 16 << 20;
@@ -224,7 +224,7 @@ impl Worker<'_> {
                            modification time is the same: the disk may fail"
                 .to_owned();
             let path = file.path.clone();
-            self.shared.monitor.warning(Warning { path, message, missing: false });
+            self.shared.monitor.warning(Warning { path, message, concern: Concern::Detail });
         }
     }
 
@@ -292,7 +292,7 @@ pub(super) fn open(monitor: &dyn Monitor, file: &FileToRead) -> Opened {
         Ok(opened) => opened,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let message = "vanished before it could be read".to_owned();
-            monitor.warning(Warning { path: file.path.clone(), message, missing: false });
+            monitor.warning(Warning { path: file.path.clone(), message, concern: Concern::Detail });
             return Opened::Not(None);
         }
         Err(error) => {
@@ -311,11 +311,11 @@ fn unreadable(monitor: &dyn Monitor, file: &FileToRead, message: String) -> Opti
     match &file.known {
         Some(Known::GivenUp(node)) => {
             let message = format!("{message}; it is kept as the last snapshot has it");
-            monitor.warning(Warning { path, message, missing: false });
+            monitor.warning(Warning { path, message, concern: Concern::Detail });
             Some((**node).clone())
         }
         _ => {
-            monitor.warning(Warning { path, message, missing: true });
+            monitor.warning(Warning { path, message, concern: Concern::Missing });
             None
         }
     }
@@ -337,6 +337,7 @@ pub(super) fn node(meta: &Meta, fs: u32, xattrs: Xattrs, content: Content) -> No
         linked: meta.nlink > 1 && meta.kind != Kind::Dir,
         rdev: (meta.rdev_major, meta.rdev_minor),
         xattrs,
+        state: State::Whole,
         content,
     }
 }
@@ -348,7 +349,7 @@ pub(super) fn keep_xattrs(
     read: io::Result<fs::Xattrs>,
 ) -> Xattrs {
     let warn = |message| {
-        monitor.warning(Warning { path: path.to_vec(), message, missing: false });
+        monitor.warning(Warning { path: path.to_vec(), message, concern: Concern::Detail });
     };
     let mut xattrs = match read {
         Ok(xattrs) => xattrs,
@@ -385,7 +386,7 @@ pub(super) fn note_changes(
     };
     if changed || read != node.size {
         let message = "changed while it was read: saved as far as it was read".to_owned();
-        monitor.warning(Warning { path: path.to_vec(), message, missing: false });
+        monitor.warning(Warning { path: path.to_vec(), message, concern: Concern::Detail });
     }
     node.size = read;
 }

@@ -22,7 +22,7 @@ use super::file::{
 use super::parent::Found;
 use super::scan::{NewFile, Sink, path};
 use super::sparse::BundleUse;
-use crate::monitor::Warning;
+use crate::monitor::{Concern, Warning};
 
 /// Hands files to the workers and puts what comes back in its place.
 pub(super) struct Pipeline<'a> {
@@ -128,7 +128,7 @@ impl<'a> Pipeline<'a> {
         self.assembler.advance(false)?;
         for key in self.assembler.take_unread_links() {
             let message = "another name of this file could not be read".to_owned();
-            let warning = Warning { path: path(&key), message, missing: true };
+            let warning = Warning { path: path(&key), message, concern: Concern::Missing };
             self.shared.monitor.warning(warning);
         }
         Ok(())
@@ -197,7 +197,11 @@ impl<'a> Pipeline<'a> {
             let mut reader = BlockReader::new(offset, len);
             if let Err(error) = self.cut_range(&open, &mut reader)? {
                 let message = format!("cannot be read from byte {} on: {error}", reader.read_to());
-                monitor.warning(Warning { path: file.path.clone(), message, missing: true });
+                monitor.warning(Warning {
+                    path: file.path.clone(),
+                    message,
+                    concern: Concern::Missing,
+                });
                 break;
             }
             if reader.read_to() < offset + len && file::is_shorter(&open, node.size) {

@@ -20,7 +20,7 @@ use super::parent::{ChangedBy, Found, Parent};
 use super::pipeline::Pipeline;
 use super::sparse::BundleUse;
 use crate::fs::{Dir, FsTraits, Listing, Meta};
-use crate::monitor::{Monitor, Warning};
+use crate::monitor::{Concern, Monitor, Warning};
 
 /// Folders held open on the way down; those above are opened again on the way up.
 const OPEN_DIRS_MAX: usize = 256;
@@ -44,7 +44,7 @@ pub(super) fn scan(
         let warn = |error: Error| {
             let why = chunkstore::error::chain(&error);
             let message = format!("the parent snapshot cannot be read, so all is read anew: {why}");
-            monitor.warning(Warning { path: Vec::new(), message, missing: false });
+            monitor.warning(Warning { path: Vec::new(), message, concern: Concern::Detail });
         };
         opened.map_err(warn).ok()
     });
@@ -193,7 +193,7 @@ impl<'a, S: Sink> Walk<'a, S> {
             Err(error) => {
                 let is_root = self.frames.len() == 1;
                 self.unless_gone(is_root, &error)?;
-                self.warn(format!("its names cannot be read on: {error}"), true);
+                self.warn(format!("its names cannot be read on: {error}"), Concern::Missing);
                 return self.leave();
             }
         };
@@ -209,12 +209,12 @@ impl<'a, S: Sink> Walk<'a, S> {
         match dir.lstat(&name) {
             Ok(meta) => self.found(&dir, name, &meta),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                self.warn("vanished before it could be read".to_owned(), false);
+                self.warn("vanished before it could be read".to_owned(), Concern::Vanished);
                 Ok(())
             }
             Err(error) => {
                 self.unless_gone(false, &error)?;
-                self.warn(format!("cannot be read: {error}"), true);
+                self.warn(format!("cannot be read: {error}"), Concern::Missing);
                 Ok(())
             }
         }
@@ -229,7 +229,10 @@ impl<'a, S: Sink> Walk<'a, S> {
         }
         // An extent's key is ten bytes longer than its file's.
         if self.key.len() > KEY_BYTES_MAX - 10 {
-            self.warn("its path is longer than 256 KiB, which the format cannot hold".into(), true);
+            self.warn(
+                "its path is longer than 256 KiB, which the format cannot hold".into(),
+                Concern::Missing,
+            );
             return Ok(());
         }
         self.sink.make_room()?;
@@ -271,7 +274,7 @@ impl<'a, S: Sink> Walk<'a, S> {
                     node.content = Content::Inline(target);
                 }
                 Err(error) => {
-                    self.warn(format!("the link cannot be read: {error}"), true);
+                    self.warn(format!("the link cannot be read: {error}"), Concern::Missing);
                     return Ok(());
                 }
             }
@@ -336,7 +339,7 @@ impl<'a, S: Sink> Walk<'a, S> {
         let message = format!(
             "from here on all is read anew, since the parent snapshot cannot be read: {why}"
         );
-        self.warn(message, false);
+        self.warn(message, Concern::Detail);
         self.parent = None;
     }
 
@@ -353,7 +356,7 @@ impl<'a, S: Sink> Walk<'a, S> {
         }
         if self.request.skip == Some((meta.dev, meta.ino)) {
             let message = "the content of the repository itself is left out".to_owned();
-            self.warn(message, false);
+            self.warn(message, Concern::Detail);
             return Ok(());
         }
         let other_fs = self.request.one_file_system && meta.dev != root_dev;
@@ -365,7 +368,7 @@ impl<'a, S: Sink> Walk<'a, S> {
                 Ok(listing) => listing,
                 Err(error) => {
                     self.unless_gone(self.frames.is_empty(), &error)?;
-                    self.warn(format!("its content cannot be listed: {error}"), true);
+                    self.warn(format!("its content cannot be listed: {error}"), Concern::Missing);
                     return Ok(());
                 }
             };
@@ -379,11 +382,11 @@ impl<'a, S: Sink> Walk<'a, S> {
 
     fn unreadable_folder(&mut self, meta: &Meta, error: &io::Error) -> Result<()> {
         if error.kind() == io::ErrorKind::NotFound {
-            self.warn("vanished before it could be read".to_owned(), false);
+            self.warn("vanished before it could be read".to_owned(), Concern::Vanished);
             return Ok(());
         }
         self.unless_gone(false, error)?;
-        self.warn(format!("the folder cannot be opened: {error}"), true);
+        self.warn(format!("the folder cannot be opened: {error}"), Concern::Missing);
         let fs = self.file_systems.get(&meta.dev).map_or(0, |(number, _)| *number);
         let node = file::node(meta, fs, Vec::new(), Content::None);
         self.sink.entry(Entry { key: self.key.clone(), body: Body::Node(node) })
@@ -440,8 +443,8 @@ impl<'a, S: Sink> Walk<'a, S> {
         Ok(())
     }
 
-    fn warn(&self, message: String, missing: bool) {
-        self.monitor.warning(Warning { path: path(&self.key), message, missing });
+    fn warn(&self, message: String, concern: Concern) {
+        self.monitor.warning(Warning { path: path(&self.key), message, concern });
     }
 }
 

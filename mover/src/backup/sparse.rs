@@ -133,7 +133,7 @@ impl BundleUse {
 mod tests {
     use super::*;
     use chunkstore::id::{BlobId, PackId};
-    use chunkstore::tree::{BlobRef, Body, Kind, Node, Timestamp};
+    use chunkstore::tree::{BlobRef, Body, Kind, Node, State, Timestamp};
 
     fn at(pack: u8, ordinal: u8) -> Location {
         Location { pack: PackId([pack; 16]), ordinal }
@@ -154,6 +154,7 @@ mod tests {
             linked: false,
             rdev: (0, 0),
             xattrs: Vec::new(),
+            state: State::Whole,
             content: Content::Part { bundle, offset: 0, hash: [0; 16] },
         };
         Entry { key: b"file".to_vec(), body: Body::Node(node) }

@@ -32,7 +32,9 @@ struct SummaryLine {
     blobs_new: u64,
     files_changed: u64,
     files_unmodified: u64,
-    files_unreadable: u64,
+    files_missing: u64,
+    files_changed_while_read: u64,
+    files_vanished: u64,
     warnings: u64,
     seconds: f64,
     dry_run: bool,
@@ -199,7 +201,7 @@ fn report(
     output: &Output,
 ) -> Result<u8> {
     let summary = outcome.summary;
-    let (warnings, missing) = progress.warnings();
+    let warnings = progress.warnings();
     let elapsed = progress.seconds();
     let changed = format!(
         "{} files and {} folders, {}; {} read, {} unchanged",
@@ -226,8 +228,14 @@ fn report(
         }
         None => output.line(format!("would save {changed} ({})", bytes(summary.bytes_read)))?,
     }
-    if warnings > 0 {
-        output.line(format!("{warnings} warnings; {missing} files or folders are not saved"))?;
+    if warnings.all() > 0 {
+        output.line(format!(
+            "{} warnings; not or not wholly saved: {}; changed while they were read: {}; vanished: {}",
+            warnings.all(),
+            warnings.missing(),
+            warnings.changed(),
+            warnings.vanished(),
+        ))?;
     }
     let line = SummaryLine {
         snapshot: outcome.id,
@@ -240,11 +248,13 @@ fn report(
         blobs_new: summary.blobs_new,
         files_changed: summary.files_changed,
         files_unmodified: summary.files_unmodified,
-        files_unreadable: missing,
-        warnings,
+        files_missing: warnings.missing(),
+        files_changed_while_read: warnings.changed(),
+        files_vanished: warnings.vanished(),
+        warnings: warnings.all(),
         seconds: elapsed,
         dry_run: args.dry_run,
     };
     output.summary(global, &line)?;
-    Ok(if missing > 0 { INCOMPLETE } else { DONE })
+    Ok(if warnings.missing() > 0 { INCOMPLETE } else { DONE })
 }

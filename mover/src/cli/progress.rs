@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::output::{Output, bytes, seconds};
-use crate::monitor::{Monitor, Warning, display_path};
+use crate::monitor::{Concern, Monitor, Warning, WarningCounts, display_path};
 
 /// How often the live line is drawn.
 const LIVE: Duration = Duration::from_millis(200);
@@ -33,8 +33,7 @@ struct State {
     entries: AtomicU64,
     bytes: AtomicU64,
     total_bytes: AtomicU64,
-    warnings: AtomicU64,
-    missing: AtomicU64,
+    warnings: WarningCounts,
     current: Mutex<Vec<u8>>,
     ended: AtomicBool,
     /// Held while something is printed, so that lines do not mix.
@@ -65,7 +64,7 @@ struct WarningLine<'a> {
     r#type: &'static str,
     path: &'a str,
     message: &'a str,
-    missing: bool,
+    concern: Concern,
 }
 
 impl Progress {
@@ -90,8 +89,7 @@ impl Progress {
             entries: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             total_bytes: AtomicU64::new(0),
-            warnings: AtomicU64::new(0),
-            missing: AtomicU64::new(0),
+            warnings: WarningCounts::default(),
             current: Mutex::default(),
             ended: AtomicBool::new(false),
             printing: Mutex::default(),
@@ -118,10 +116,9 @@ impl Progress {
         self.state.start.elapsed().as_secs_f64()
     }
 
-    /// Warnings so far, and how many of them are files missing altogether.
-    pub(super) fn warnings(&self) -> (u64, u64) {
-        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        (load(&self.state.warnings), load(&self.state.missing))
+    /// Warnings so far.
+    pub(super) fn warnings(&self) -> &WarningCounts {
+        &self.state.warnings
     }
 
     /// Stops printing and clears the live line.
@@ -160,15 +157,14 @@ impl Monitor for Progress {
 
     fn warning(&self, warning: Warning) {
         let state = &self.state;
-        state.warnings.fetch_add(1, Ordering::Relaxed);
-        state.missing.fetch_add(u64::from(warning.missing), Ordering::Relaxed);
+        state.warnings.add(warning.concern);
         state.clear();
         let _printing = state.printing.lock().unwrap_or_else(PoisonError::into_inner);
         let _unheard = writeln!(io::stderr(), "warning: {warning}");
         if state.mode == Mode::Json {
             let (path, message) = (display_path(&warning.path), &warning.message);
-            let missing = warning.missing;
-            let line = WarningLine { r#type: "warning", path: &path, message, missing };
+            let concern = warning.concern;
+            let line = WarningLine { r#type: "warning", path: &path, message, concern };
             print_json(&line);
         }
     }

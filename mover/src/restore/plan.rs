@@ -202,6 +202,7 @@ impl<'a> Planner<'a> {
         }
         match &entry.body {
             Body::Extent(chunks) => self.take_extent((leaf, at), chunks),
+            Body::End(_) | Body::Absent(_) => {}
             Body::Node(node) => {
                 self.end_file();
                 self.take_node((leaf, at), node);

@@ -94,7 +94,9 @@ impl Item {
     pub(super) fn node(&self) -> &Node {
         match &self.entry().body {
             Body::Node(node) => node,
-            Body::Extent(_) => unreachable!("items are made from nodes only"),
+            Body::Extent(_) | Body::End(_) | Body::Absent(_) => {
+                unreachable!("items are made from nodes only")
+            }
         }
     }
 
@@ -225,6 +227,7 @@ fn entry_bytes(entry: &Entry) -> usize {
     let chunk = size_of::<chunkstore::tree::Chunk>();
     let content = match &entry.body {
         Body::Extent(chunks) => chunks.len() * chunk,
+        Body::End(_) | Body::Absent(_) => 0,
         Body::Node(node) => {
             let xattr = |(name, value): &(Vec<u8>, Vec<u8>)| name.len() + value.len() + 80;
             let xattrs: usize = node.xattrs.iter().map(xattr).sum();
