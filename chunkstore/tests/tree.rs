@@ -58,6 +58,7 @@ fn file(key: Vec<u8>, number: u32) -> Entry {
         linked: false,
         rdev: (0, 0),
         xattrs: Vec::new(),
+        state: State::Whole,
         content,
     };
     let body = Body::Node(node);
@@ -84,12 +85,8 @@ fn rebuild(nodes: &MemoryNodes, old: Root, new: &[Entry]) -> Option<Root> {
     while let Some(next) = rest.first() {
         let leaf = reusable.get(&next.key).filter(|at| rest.starts_with(&at.leaf.entries));
         match leaf {
-            Some(at) if builder.is_between_leaves() => {
-                let mut liveness = Liveness::default();
-                let blobs = at.leaf.entries.iter().flat_map(Entry::blobs);
-                blobs.for_each(|blob| liveness.mark(blob.location));
-                let last = &at.leaf.entries[at.leaf.entries.len() - 1].key;
-                builder.push_leaf(at.child.clone(), last, &liveness).unwrap();
+            Some(at) => {
+                builder.push_leaf(at).unwrap();
                 rest = &rest[at.leaf.entries.len()..];
             }
             _ => {

@@ -121,7 +121,7 @@ fn state() -> impl Strategy<Value = State> {
 
 fn end() -> impl Strategy<Value = End> {
     let state = (1..4_u8).prop_map(|state| State::from_byte(state).unwrap());
-    (large(), state).prop_map(|(size, state)| End { size, state })
+    (any::<u64>(), state).prop_map(|(size, state)| End { size, state })
 }
 
 pub fn body() -> impl Strategy<Value = Body> {
