@@ -5,7 +5,7 @@ use std::hint::black_box;
 use benches::store::Nodes;
 use benches::trees;
 use chunkstore::tree::{
-    Entry, EntryCursor, Liveness, NodeRef, NodeSource, TreeBuilder, TreeCursor, decode_leaf, diff,
+    Entry, EntryCursor, NodeRef, NodeSource, TreeBuilder, TreeCursor, decode_leaf, diff,
 };
 use criterion::{Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
 
@@ -96,13 +96,8 @@ fn merge(nodes: &Nodes, parent: (NodeRef, u8), entries: &[Entry]) -> (NodeRef, u
     while let Some(at) = leaves.next_leaf().expect("the nodes are whole") {
         let (these, more) = rest.split_at(at.leaf.entries.len());
         rest = more;
-        if these == at.leaf.entries && !at.is_last && tree.is_between_leaves() {
-            let mut liveness = Liveness::default();
-            for blob in at.leaf.entries.iter().flat_map(Entry::blobs) {
-                liveness.mark(blob.location);
-            }
-            let last = at.leaf.entries.last().map_or(&[][..], |entry| &entry.key);
-            tree.push_leaf(at.child, last, &liveness).expect("leaves ascend");
+        if these == at.leaf.entries {
+            tree.push_leaf(&at).expect("leaves ascend");
         } else {
             these.iter().for_each(|entry| tree.push(entry).expect("entries ascend"));
         }

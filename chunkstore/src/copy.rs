@@ -75,22 +75,20 @@ pub struct Copied {
 /// Where blobs of the source are in the destination, for the snapshots copied in one run.
 #[derive(Default)]
 pub struct Known {
-    session: u32,
     new: Generation,
     old: Generation,
 }
 
 #[derive(Default)]
 struct Generation {
-    /// With the session that learned of it.
-    blobs: HashMap<BlobId, (BlobRef, u32)>,
+    blobs: HashMap<BlobId, BlobRef>,
     parts: HashMap<[u8; 16], [u8; 16]>,
 }
 
 impl Known {
     fn blob(&self, id: &BlobId, writer: &Writer) -> Option<BlobRef> {
-        let (blob, session) = self.new.blobs.get(id).or_else(|| self.old.blobs.get(id))?;
-        (*session == self.session || writer.is_usable_at(blob.location)).then_some(*blob)
+        let blob = self.new.blobs.get(id).or_else(|| self.old.blobs.get(id))?;
+        writer.is_usable_at(blob.location).then_some(*blob)
     }
 
     fn part(&self, hash: &[u8; 16]) -> Option<[u8; 16]> {
@@ -119,7 +117,6 @@ pub fn copy_snapshot(
     now: jiff::Timestamp,
 ) -> Result<Copied> {
     let Job { id, snapshot, parent } = job;
-    known.session += 1;
     let session = Session {
         purpose: record::BACKUP.to_owned(),
         writer: settings.machine.clone(),
@@ -278,7 +275,7 @@ impl Copy<'_> {
         error.map_or(Ok(()), Err)?;
         self.blobs_fetched += found.len() as u64;
         for (id, stored, parts) in found {
-            self.known.new.blobs.insert(id, (stored, self.known.session));
+            self.known.new.blobs.insert(id, stored);
             self.known.new.parts.extend(parts);
         }
         Ok(())

@@ -212,6 +212,11 @@ impl PackBuilder {
         Self { id, class, cipher, header, buffer, entries: Vec::with_capacity(PACK_BLOBS_MAX) }
     }
 
+    /// The name it will have.
+    pub fn id(&self) -> PackId {
+        self.id
+    }
+
     /// Bytes an object needs beyond its blobs' stored bytes.
     pub const OVERHEAD_BYTES: usize = HEADER_BYTES + TAIL_BYTES_MAX;
 

@@ -12,35 +12,39 @@
 //!
 //! # Memory
 //! Packs are built in a fixed number of buffers; whoever needs one waits until an upload returns it.
-//! Ids of blobs that no segment names yet are kept in a map that flushing bounds.
+//! Ids of blobs that no segment names yet are kept in a map that flushing bounds. What may be referred
+//! to takes 8 bytes a pack of the repository, and some 20 a relocated blob.
 //!
 //! # Crashes
 //! Nothing refers to a pack before it is durable: index segments are made from `DurablePack`s, which
 //! only an acknowledged upload yields, and the snapshot is written last. A session that dies leaves
 //! packs that the next one finds through the flushed segments, or that a garbage collection removes.
 
-use std::collections::{HashMap, HashSet};
-use std::io::IoSlice;
+mod packer;
+mod segments;
+mod usable;
+
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
-use objects::Created;
 
-use crate::codec::compress::{Compression, Compressor, Level};
+use crate::codec::compress::{Compressor, Level};
 use crate::codec::seal::ObjectKind;
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::{BlobId, GenerationId, PackId, SegmentId, SnapshotId};
-use crate::index::{self, Index, Record, Segment, SegmentWriter};
-use crate::limits::{BLOB_BYTES_MAX, CHUNK_BYTES_MAX};
-use crate::pack::{BlobKind, Location, PackBuilder, PackClass, SealedPack};
+use crate::id::{BlobId, PackId, SegmentId, SnapshotId};
+use crate::index::Index;
+use crate::pack::{BlobKind, Location, PackClass};
 use crate::record::{self, Session, Snapshot, Verdict};
-use crate::relocation::Relocations;
 use crate::repository::Repository;
 use crate::session::{self, Announced};
 use crate::tree::{BlobRef, NodeRef, NodeSink};
+use packer::Packer;
+use segments::DurablePack;
+use usable::Usable;
 
 /// How a session writes.
 #[derive(Debug, Clone)]
@@ -90,12 +94,6 @@ pub struct WriterCounters {
     pub packs: AtomicU64,
 }
 
-/// A pack that the store has acknowledged: the only thing a segment can be made from.
-struct DurablePack {
-    records: Vec<Record>,
-    ids: Vec<BlobId>,
-}
-
 /// A writer's session.
 pub struct Writer {
     shared: Arc<Shared>,
@@ -112,52 +110,19 @@ struct Shared {
     base: Index,
     /// Segments of this session.
     own: RwLock<Index>,
-    usable: UsablePacks,
+    /// Whatever is referred to passes here.
+    usable: Usable,
     data: Mutex<Packer>,
     meta: Mutex<Packer>,
     /// Data blobs of this session that no segment names yet. Whoever packs holds `data` before this;
     /// whoever flushes holds this alone, because packing may wait for an upload to end.
     fresh: Mutex<HashMap<BlobId, Location>>,
     node_compressor: Mutex<Compressor>,
-    known_nodes: Mutex<HashMap<BlobId, NodeRef>>,
     unflushed: Mutex<Vec<DurablePack>>,
     own_segments: Mutex<Vec<SegmentId>>,
     failed: AtomicBool,
     failure: Mutex<Option<Error>>,
     counters: WriterCounters,
-}
-
-/// Fills packs of one class.
-struct Packer {
-    class: PackClass,
-    target: usize,
-    open: Option<PackBuilder>,
-    free: Receiver<Vec<u8>>,
-    uploads: Option<Sender<SealedPack>>,
-    /// Where a buffer goes that was uploaded here, when there are no threads for it.
-    back: Option<Sender<Vec<u8>>>,
-}
-
-/// Packs that may be referred to: those on the store that no garbage collection is about to delete.
-struct UsablePacks {
-    present: Vec<PackId>,
-    tombstoned: HashSet<PackId>,
-    /// As of after the tombstones were read.
-    relocations: Relocations,
-}
-
-impl UsablePacks {
-    fn contains(&self, pack: PackId) -> bool {
-        self.present.binary_search(&pack).is_ok() && !self.tombstoned.contains(&pack)
-    }
-
-    /// Whether a reference to `place` may be taken over: the blob is there, or a copy of it. A
-    /// tombstone on the old pack also announces that its relocations go.
-    fn backs(&self, place: Location) -> bool {
-        self.contains(place.pack)
-            || (!self.tombstoned.contains(&place.pack)
-                && self.relocations.is_backed(place, &|pack| self.contains(pack)))
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -181,11 +146,8 @@ impl Writer {
         // The order matters: whoever collects garbage publishes tombstones and then lists sessions.
         let session = Announced::begin(&repository, session.clone())?;
         let learn = || -> Result<_> {
-            let tombstoned = read_all_tombstones(&repository)?;
-            let relocations = Relocations::load(store, keys)?;
             let (base, _) = Index::open(store, keys, settings.filter_bytes / 2)?;
-            let present = list_packs(&repository)?;
-            Ok((base, UsablePacks { present, tombstoned, relocations }))
+            Ok((base, Usable::learn(&repository)?))
         };
         // On failure nothing was written yet: nobody needs to wait for this session.
         let (base, usable) = learn().inspect_err(|_| session.end(&repository))?;
@@ -197,7 +159,7 @@ impl Writer {
         settings: WriterSettings,
         session: Announced,
         base: Index,
-        usable: UsablePacks,
+        usable: Usable,
     ) -> Self {
         let (uploads, sealed) = crossbeam_channel::bounded(1);
         let (mut data, data_buffers) = Packer::new(
@@ -222,7 +184,6 @@ impl Writer {
             meta: Mutex::new(meta),
             fresh: Mutex::default(),
             node_compressor: Mutex::new(Compressor::new(Level::Zstd(3))),
-            known_nodes: Mutex::default(),
             unflushed: Mutex::default(),
             own_segments: Mutex::default(),
             failed: AtomicBool::new(false),
@@ -293,14 +254,7 @@ impl Writer {
 
     /// Remembers a node of an older tree, so that it is not stored again if it recurs.
     pub fn remember_node(&self, node: NodeRef) {
-        if self.is_usable_at(node.location()) {
-            let mut known = lock(&self.shared.known_nodes);
-            // Nodes recur close to where they were; forgetting all now and then loses little.
-            if known.len() >= 4096 {
-                known.clear();
-            }
-            known.insert(node.id, node);
-        }
+        self.shared.usable.remember_node(node);
     }
 
     /// Makes everything durable and commits the snapshot that `snapshot` makes, which is told how
@@ -345,8 +299,7 @@ impl Writer {
         for packer in [&self.shared.data, &self.shared.meta] {
             lock(packer).free.try_iter().for_each(drop);
         }
-        let packs = std::mem::take(&mut *lock(&self.shared.unflushed));
-        self.shared.flush(packs)
+        self.shared.flush_rest()
     }
 
     fn stop_heartbeat(&mut self) {
@@ -377,8 +330,8 @@ impl NodeSink for Writer {
         let shared = &self.shared;
         shared.check()?;
         let id = kind.id(shared.repository.keys(), plain);
-        if let Some(node) = lock(&shared.known_nodes).get(&id) {
-            return Ok(*node);
+        if let Some(node) = shared.usable.node(&id) {
+            return Ok(node);
         }
         let mut compressor = lock(&shared.node_compressor);
         let compressed = compressor.compress(plain);
@@ -386,84 +339,9 @@ impl NodeSink for Writer {
         let Location { pack, ordinal } = meta.push(shared, id, kind, plain, compressed)?;
         Ok(NodeRef { id, pack, ordinal })
     }
-}
 
-impl Packer {
-    fn new(
-        class: PackClass,
-        target: usize,
-        buffers: usize,
-        uploads: &Sender<SealedPack>,
-    ) -> (Self, Sender<Vec<u8>>) {
-        let (back, free) = crossbeam_channel::bounded(buffers);
-        for _ in 0..buffers {
-            back.send(Vec::new()).expect("the receiver is held");
-        }
-        let uploads = Some(uploads.clone());
-        (Self { class, target, open: None, free, uploads, back: None }, back)
-    }
-
-    /// Adds a blob to the open pack, and closes the pack when it is full.
-    fn push(
-        &mut self,
-        shared: &Shared,
-        id: BlobId,
-        kind: BlobKind,
-        plain: &[u8],
-        compressed: Option<&[u8]>,
-    ) -> Result<Location> {
-        if plain.len() > BLOB_BYTES_MAX {
-            return Err(Error::invalid("a blob is larger than the format allows"));
-        }
-        let (compression, stored) = match compressed {
-            Some(stored) => (Compression::Zstd, stored),
-            None => (Compression::None, plain),
-        };
-        // A nearly full pack is closed rather than outgrown, so buffers keep their size.
-        if self
-            .open
-            .as_ref()
-            .is_some_and(|pack| !pack.is_empty() && pack.len() + stored.len() > self.buffer_bytes())
-        {
-            self.close(shared)?;
-        }
-        let buffer_bytes = self.buffer_bytes();
-        let pack = match &mut self.open {
-            Some(pack) => pack,
-            none => {
-                let mut buffer = self.free.recv().map_err(|_| shared.failure())?;
-                buffer.clear();
-                buffer.reserve_exact(buffer_bytes);
-                none.insert(PackBuilder::new(shared.repository.keys(), self.class, buffer))
-            }
-        };
-        let location = pack.push(id, kind, compression, stored, plain.len());
-        let full = pack.is_full() || pack.len() >= self.target;
-        if self.class == PackClass::Data {
-            // Before the pack can be uploaded, and so flushed.
-            lock(&shared.fresh).insert(id, location);
-        }
-        if full {
-            self.close(shared)?;
-        }
-        Ok(location)
-    }
-
-    fn buffer_bytes(&self) -> usize {
-        self.target + CHUNK_BYTES_MAX + PackBuilder::OVERHEAD_BYTES
-    }
-
-    fn close(&mut self, shared: &Shared) -> Result<()> {
-        let Some(pack) = self.open.take() else {
-            return Ok(());
-        };
-        if let Some(back) = &self.back {
-            // There is room: the buffer came from there.
-            let _kept = back.send(shared.upload(pack.finish()));
-            return shared.check();
-        }
-        let sent = self.uploads.as_ref().map(|uploads| uploads.send(pack.finish()));
-        if let Some(Ok(())) = sent { Ok(()) } else { Err(shared.failure()) }
+    fn may_refer(&self, pack: PackId, blobs: u128) -> bool {
+        self.shared.usable.backs_all(pack, blobs)
     }
 }
 
@@ -500,105 +378,6 @@ impl Shared {
         own.get(store, id).or_else(|| {
             self.base.get(store, id).filter(|location| self.usable.contains(location.pack))
         })
-    }
-
-    /// Stores a pack; gives its buffer back in any case.
-    fn upload(&self, pack: SealedPack) -> Vec<u8> {
-        if self.failed.load(Ordering::SeqCst) {
-            return pack.buffer;
-        }
-        let name = pack.class.object_name(pack.id);
-        match self.repository.store().create(&name, &[IoSlice::new(&pack.buffer)]) {
-            Ok(Created::New) => {
-                let bytes = pack.buffer.len() as u64;
-                self.counters.bytes_stored.fetch_add(bytes, Ordering::Relaxed);
-                let packs = self.counters.packs.fetch_add(1, Ordering::Relaxed) + 1;
-                if let Err(error) = self.note_durable(&pack, packs) {
-                    self.fail(error);
-                }
-            }
-            Ok(Created::AlreadyExists) => {
-                self.fail(Error::corrupt(name, "a random name was taken"));
-            }
-            Err(error) => self.fail(error.into()),
-        }
-        pack.buffer
-    }
-
-    /// Takes a receipt for a pack, and flushes a segment when enough have come together: a crash
-    /// loses knowledge of four packs, or of 5 % of a long session.
-    fn note_durable(&self, pack: &SealedPack, packs: u64) -> Result<()> {
-        if pack.class == PackClass::Meta {
-            return Ok(());
-        }
-        let place = |ordinal: usize| Location { pack: pack.id, ordinal: ordinal as u8 };
-        let numbered = || pack.entries.iter().enumerate();
-        let receipt = DurablePack {
-            records: numbered().map(|(at, entry)| Record::new(&entry.id, place(at))).collect(),
-            ids: numbered().map(|(_, entry)| entry.id).collect(),
-        };
-        let due = {
-            let mut unflushed = lock(&self.unflushed);
-            unflushed.push(receipt);
-            let enough = (packs / 20).clamp(4, 512);
-            (unflushed.len() as u64 >= enough).then(|| std::mem::take(&mut *unflushed))
-        };
-        due.map_or(Ok(()), |packs| self.flush(packs))
-    }
-
-    fn flush(&self, packs: Vec<DurablePack>) -> Result<()> {
-        if packs.is_empty() {
-            return Ok(());
-        }
-        let (store, keys) = (self.repository.store(), self.repository.keys());
-        let mut records: Vec<_> = packs.iter().flat_map(|pack| &pack.records).collect();
-        records.sort_unstable();
-        let mut segment = SegmentWriter::new(keys, records.len(), Vec::new());
-        records.into_iter().for_each(|record| segment.push(record));
-        if let Some(id) = segment.finish(store)? {
-            let segment = Segment::open(store, keys, id)?;
-            let mut own = self.own.write().unwrap_or_else(PoisonError::into_inner);
-            own.add(store, segment);
-            drop(own);
-            lock(&self.own_segments).push(id);
-        }
-        let mut fresh = lock(&self.fresh);
-        for id in packs.iter().flat_map(|pack| &pack.ids) {
-            fresh.remove(id);
-        }
-        Ok(())
-    }
-
-    /// Replaces the segments of this session by few: readers open every segment there is.
-    fn consolidate_segments(&self) -> Result<()> {
-        let old = std::mem::take(&mut *lock(&self.own_segments));
-        if old.len() < 2 {
-            return Ok(());
-        }
-        let (store, keys) = (self.repository.store(), self.repository.keys());
-        let own = self.own.read().unwrap_or_else(PoisonError::into_inner);
-        let segments: Vec<_> = own.segments().iter().collect();
-        match index::merge(store, keys, &segments, &|_| true) {
-            // Somebody else has merged and deleted them already.
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-            merged => merged?,
-        };
-        let names: Vec<String> = segments.iter().map(|one| one.name().to_owned()).collect();
-        // What is left says the same once more, and goes with the next prune. A key may have no right
-        // to delete, and a snapshot is not to fail for that.
-        let _left = store.delete_all(&names);
-        Ok(())
-    }
-
-    fn close_packs(&self) -> Result<()> {
-        let close = |packer: &Mutex<Packer>| {
-            let mut packer = lock(packer);
-            let closed = packer.close(self);
-            packer.uploads = None;
-            closed
-        };
-        let data = close(&self.data);
-        close(&self.meta).and(data)
     }
 
     fn commit(&self, snapshot: Snapshot) -> Result<()> {
@@ -645,34 +424,4 @@ impl Shared {
         let failure = lock(&self.failure);
         failure.as_ref().map_or_else(Error::cancelled, Error::duplicate)
     }
-}
-
-/// All packs that any garbage collection is about to delete.
-fn read_all_tombstones(repository: &Repository) -> Result<HashSet<PackId>> {
-    let mut packs = HashSet::new();
-    for id in repository.list_ids(record::TOMBSTONES)? {
-        let id = GenerationId(id.0);
-        match record::read_tombstones(repository.store(), repository.keys(), id) {
-            Ok(tombstones) => packs.extend(tombstones.all().copied()),
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => {
-                return Err(error.context("cannot tell which packs are about to be deleted"));
-            }
-        }
-    }
-    Ok(packs)
-}
-
-/// Names of all packs of both classes, ascending.
-fn list_packs(repository: &Repository) -> Result<Vec<PackId>> {
-    let mut packs = Vec::new();
-    for class in [PackClass::Data, PackClass::Meta] {
-        repository.store().list(class.folder(), &mut |meta| {
-            let name = meta.key.rsplit('/').next();
-            packs.extend(name.and_then(|name| name.parse::<PackId>().ok()));
-            Ok(())
-        })?;
-    }
-    packs.sort_unstable();
-    Ok(packs)
 }

@@ -18,6 +18,7 @@ use chunkstore::pack::{PackClass, ReadScratch};
 use chunkstore::record::{self, Snapshot, Verdict};
 use chunkstore::repository::Repository;
 use chunkstore::tree::{Body, Content, EntryCursor, Node, TreeBuilder, TreeCursor};
+use chunkstore::writer::Writer;
 use common::*;
 use objects::testing::{Fault, FaultyStore, MemoryStore, Op, conditions_ignored, keys};
 
@@ -649,4 +650,69 @@ fn repacking_keeps_to_its_limits_and_a_dry_run_only_tells() {
     assert_eq!(run(0.0, 100, false).packs, 0, "nothing is that small");
     assert_eq!(run(0.0, u64::MAX, false).packs, told.packs);
     assert_eq!(run(0.0, u64::MAX, false).unused_bytes, 0);
+}
+
+/// Takes over all leaves of an older tree, as far as they may be referred to. Returns the tree, and how
+/// many were.
+fn take_over(writer: &Writer, repository: &Repository, parent: &Snapshot) -> (Snapshot, u32) {
+    let mut tree = TreeBuilder::new(writer, repository.keys().cut());
+    let mut leaves = TreeCursor::new(repository, parent.root, parent.level);
+    let mut taken = 0;
+    while let Some(at) = leaves.next_leaf().unwrap() {
+        writer.remember_node(at.child.node);
+        taken += u32::from(tree.push_leaf(&at).unwrap());
+    }
+    let (root, level) = tree.finish().unwrap().unwrap();
+    (Snapshot { root, level, ..parent.clone() }, taken)
+}
+
+#[test]
+fn a_leaf_in_a_pack_about_to_be_deleted_is_stored_anew() {
+    let store = Arc::new(MemoryStore::new());
+    let repository = create(&store);
+    // All of it is in the tree.
+    let saved: Files = (0..3000).map(|n| (format!("f{n:05}"), noise(n, 20))).collect();
+    let old = backup(&repository, &saved).unwrap();
+    let parent = repository.snapshot(old).unwrap();
+    store.set_now(hour(24));
+    let first = begin(&repository).unwrap();
+    let (snapshot, taken) = take_over(&first, &repository, &parent);
+    assert!(taken > 3, "{taken}");
+    repository.forget(old, time(hour(24))).unwrap();
+    let report = run_prune(&repository);
+    assert_eq!((report.packs_deleted, report.waiting.len()), (0, 1), "{report}");
+    // Nobody waits for a session that comes now, so it may take nothing over from the packs that have
+    // a tombstone: not even through the snapshot that does.
+    let late = begin(&repository).unwrap();
+    let between = first.commit(|_| snapshot.clone()).unwrap();
+    let (late_snapshot, taken) = take_over(&late, &repository, &snapshot);
+    assert_eq!(taken, 0);
+    repository.forget(between, time(hour(24))).unwrap();
+    let report = run_prune(&repository);
+    assert!(report.packs_deleted > 0 && report.waiting.is_empty(), "{report}");
+    let id = late.commit(|_| late_snapshot).unwrap();
+    assert_eq!(assert_intact(&repository, &[(id, saved)].into(), "after"), 1);
+    store.set_now(hour(48));
+    assert_converged(&repository, "after");
+}
+
+#[test]
+fn a_tree_cannot_refer_to_what_is_about_to_be_deleted() {
+    let Three { repository, ids, .. } = three();
+    let parent = repository.snapshot(ids[2]).unwrap();
+    let waited_for = begin(&repository).unwrap();
+    repository.forget(ids[2], time(hour(24))).unwrap();
+    assert_eq!(run_prune(&repository).waiting.len(), 1);
+    let writer = begin(&repository).unwrap();
+    let mut tree = TreeBuilder::new(&writer, repository.keys().cut());
+    let cursor = TreeCursor::new(&*repository, parent.root, parent.level);
+    let mut entries = EntryCursor::new(cursor);
+    while let Some(entry) = entries.peek().unwrap() {
+        // Without asking.
+        tree.push(entry).unwrap();
+        entries.advance();
+    }
+    let error = tree.finish().unwrap_err().to_string();
+    assert!(error.contains("from 'f00000' on refer to pack"), "{error}");
+    drop(waited_for);
 }

@@ -2,10 +2,15 @@
 //!
 //! Memory: one unfinished node a level. A leaf of an older tree whose entries all recur unchanged is
 //! taken over as it is ([`TreeBuilder::push_leaf`]), without encoding anything.
+//!
+//! Every reference of the tree, to a node or to data, stored now or taken over, passes
+//! `TreeBuilder::push_child`, which asks the sink whether it may be made.
 
+use super::cursor::LeafAt;
 use super::entry::Entry;
 use super::node::{ChildRef, Interior, LeafEncoder, Liveness, NodeRef};
 use crate::error::{Error, Result};
+use crate::id::PackId;
 use crate::limits::{
     INTERIOR_BYTES_TARGET, INTERIOR_CHILDREN_MAX, INTERIOR_CHILDREN_MIN, INTERIOR_PACKS_TARGET,
     KEY_BYTES_MAX, LEAF_BYTES_TARGET, LEAF_ENTRIES_MAX, LEAF_ENTRIES_MIN, TREE_LEVELS_MAX,
@@ -19,6 +24,10 @@ pub trait NodeSink {
     /// # Errors
     /// Those of the store.
     fn store_node(&self, kind: BlobKind, plain: &[u8]) -> Result<NodeRef>;
+
+    /// Whether a new tree may refer to these blobs of a pack (bit n stands for ordinal n): they are
+    /// there, and no garbage collection is about to delete them.
+    fn may_refer(&self, pack: PackId, blobs: u128) -> bool;
 }
 
 /// Builds a tree.
@@ -67,28 +76,34 @@ impl<'a> TreeBuilder<'a> {
         Ok(())
     }
 
-    /// Whether a leaf can be taken over now: only between leaves.
-    pub fn is_between_leaves(&self) -> bool {
-        self.leaf.count() == 0
-    }
-
-    /// Takes over a leaf of an older tree, which was not that tree's last.
+    /// Adds all entries of a leaf of an older tree. The leaf is taken over as it is if it begins where a
+    /// leaf of this tree does, it was not the last of its tree, and it may be referred to; else its
+    /// entries are encoded anew. Returns whether it was taken over.
     ///
     /// # Errors
-    /// Those of the sink.
-    ///
-    /// # Panics
-    /// When an unfinished leaf stands before it.
-    pub fn push_leaf(
-        &mut self,
-        leaf: ChildRef,
-        last_key: &[u8],
-        liveness: &Liveness,
-    ) -> Result<()> {
-        assert!(self.is_between_leaves());
-        self.check_order(&leaf.first_key)?;
-        self.last_key = Some(last_key.to_vec());
-        self.push_child(1, leaf, liveness)
+    /// As [`push`](Self::push).
+    pub fn push_leaf(&mut self, at: &LeafAt) -> Result<bool> {
+        let entries = &at.leaf.entries;
+        let Some(last) = entries.last() else {
+            return Ok(false);
+        };
+        let begins_here = self.leaf.count() == 0 && !at.is_last;
+        if !begins_here || !self.may_refer_to_node(&at.child.node) {
+            entries.iter().try_for_each(|entry| self.push(entry))?;
+            return Ok(false);
+        }
+        let mut liveness = Liveness::default();
+        let mut previous = None;
+        for blob in entries.iter().flat_map(Entry::blobs) {
+            if previous != Some(blob.location) {
+                liveness.mark(blob.location);
+                previous = Some(blob.location);
+            }
+        }
+        self.check_order(&at.child.first_key)?;
+        self.last_key = Some(last.key.clone());
+        self.push_child(1, at.child.clone(), &liveness)?;
+        Ok(true)
     }
 
     /// Finishes all nodes and returns the root and its level; `None` if there is no entry.
@@ -139,7 +154,26 @@ impl<'a> TreeBuilder<'a> {
         self.push_child(1, child, &leaf.liveness)
     }
 
+    fn may_refer_to_node(&self, node: &NodeRef) -> bool {
+        self.sink.may_refer(node.pack, 1 << node.ordinal)
+    }
+
+    /// Adds a reference to a node, and with it, on level 1, those to the data that its leaf uses.
     fn push_child(&mut self, level: u8, child: ChildRef, liveness: &Liveness) -> Result<()> {
+        let mut packs = liveness.0.iter();
+        let refused = packs.find(|(pack, blobs)| !self.sink.may_refer(**pack, **blobs));
+        let refused = refused.map(|(pack, _)| *pack);
+        let node = (!self.may_refer_to_node(&child.node)).then_some(child.node.pack);
+        if let Some(pack) = refused.or(node) {
+            // Whoever adds an entry asks first, and stores anew what must not be referred to.
+            let path = String::from_utf8_lossy(&child.first_key).replace('\0', "/");
+            let message = format!(
+                "entries from '{path}' on refer to pack {pack}, which is gone or about to be deleted: \
+                 nothing was saved; run the backup again, and report this, because it should have \
+                 stored them anew"
+            );
+            return Err(Error::invalid(message));
+        }
         if level > TREE_LEVELS_MAX {
             return Err(Error::invalid("the tree has more entries than the format can hold"));
         }

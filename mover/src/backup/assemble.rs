@@ -211,22 +211,10 @@ impl<'a> Assembler<'a> {
         for entry in &entries[from..to] {
             self.note(entry);
         }
-        let whole = from == 0 && to == entries.len() && !leaf.is_last;
-        if !whole || !self.builder.is_between_leaves() {
-            return entries[from..to].iter().try_for_each(|entry| self.builder.push(entry));
+        if from == 0 && to == entries.len() {
+            return self.builder.push_leaf(leaf).map(drop);
         }
-        let mut liveness = Liveness::default();
-        let mut previous = None;
-        for entry in entries {
-            for blob in entry.blobs() {
-                if previous != Some(blob.location) {
-                    liveness.mark(blob.location);
-                    previous = Some(blob.location);
-                }
-            }
-        }
-        let last_key = entries.last().map_or(&[][..], |entry| &entry.key);
-        self.builder.push_leaf(leaf.child.clone(), last_key, &liveness)
+        entries[from..to].iter().try_for_each(|entry| self.builder.push(entry))
     }
 
     /// Counts an entry of the new tree, what it uses only if it is the first name of its file.
