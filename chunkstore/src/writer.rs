@@ -25,6 +25,7 @@ mod segments;
 mod usable;
 
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
@@ -199,7 +200,12 @@ impl Writer {
                 std::thread::spawn(move || {
                     for pack in sealed {
                         let back = if pack.class == PackClass::Data { &data } else { &meta };
-                        let buffer = shared.upload(pack);
+                        // Whoever waits for its buffer must get one, whatever becomes of the upload.
+                        let upload = AssertUnwindSafe(|| shared.upload(pack));
+                        let buffer = catch_unwind(upload).unwrap_or_else(|_| {
+                            shared.fail(Error::new(ErrorKind::Store, "an upload panicked"));
+                            Vec::new()
+                        });
                         // Nobody waits for buffers once the packers are gone.
                         let _unneeded = back.send(buffer);
                     }
