@@ -7,13 +7,13 @@
 //! packs in flight. Reading one blob of a pack takes the tail (one read of at most 8 KiB, cached) and
 //! one ranged read. The header stands at both ends so that the tail suffices to open the pack.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use objects::ObjectStore;
 
 use crate::codec::compress::{Compression, Decompressor};
 use crate::codec::seal::{HEADER_BYTES, Header, Keyring, ObjectCipher, ObjectKind, TAG_BYTES};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::id::{BlobId, PackId};
 use crate::limits::{BLOB_BYTES_MAX, PACK_BLOBS_MAX, PACK_BYTES_MAX};
 use crate::wire::{DecodeError, DecodeResult, Decoder};
@@ -453,11 +453,15 @@ pub struct ReadScratch {
     pub plain: Vec<u8>,
 }
 
-/// The tables of the packs last used, so that reading blobs in turn opens each pack once.
+/// The tables of the packs last used, so that reading blobs in turn opens each pack once, however many
+/// threads read.
 pub struct PackCache {
     class: PackClass,
-    packs: std::sync::Mutex<Vec<Arc<Pack>>>,
+    packs: Mutex<Vec<(PackId, Opened)>>,
 }
+
+/// A pack that is open, or is being opened: whoever needs it meanwhile waits for the one that does it.
+type Opened = Arc<OnceLock<Result<Arc<Pack>>>>;
 
 impl PackCache {
     /// Tables kept; each takes at most 7 KiB.
@@ -465,32 +469,36 @@ impl PackCache {
 
     /// An empty cache.
     pub fn new(class: PackClass) -> Self {
-        Self { class, packs: std::sync::Mutex::default() }
+        Self { class, packs: Mutex::default() }
     }
 
     /// The table of pack `id`, read if need be.
     ///
     /// # Errors
-    /// As [`Pack::open`].
+    /// As [`Pack::open`]. All who waited get the same; who asks later tries again.
     pub fn get(&self, store: &dyn ObjectStore, keys: &Keyring, id: PackId) -> Result<Arc<Pack>> {
-        // The most recently used pack is last. A poisoned cache is only a cache.
-        let lock = || self.packs.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        {
-            let mut packs = lock();
-            if let Some(at) = packs.iter().rposition(|pack| pack.id == id) {
-                if at + 1 != packs.len() {
-                    let pack = packs.remove(at);
-                    packs.push(pack);
-                }
-                return packs.last().cloned().ok_or_else(|| Error::new(ErrorKind::Store, "empty"));
-            }
-        }
-        let pack = Arc::new(Pack::open(store, keys, self.class, id)?);
-        let mut packs = lock();
-        if packs.len() == Self::PACKS {
+        let opened = self.find(id);
+        let pack = opened.get_or_init(|| Pack::open(store, keys, self.class, id).map(Arc::new));
+        pack.as_ref().map(Arc::clone).map_err(|error| {
+            self.lock().retain(|(_, other)| !Arc::ptr_eq(other, &opened));
+            error.duplicate()
+        })
+    }
+
+    fn find(&self, id: PackId) -> Opened {
+        // The most recently used pack is last.
+        let mut packs = self.lock();
+        let known = packs.iter().rposition(|(other, _)| *other == id).map(|at| packs.remove(at));
+        if known.is_none() && packs.len() == Self::PACKS {
             packs.remove(0);
         }
-        packs.push(pack.clone());
-        Ok(pack)
+        let opened = known.map(|(_, opened)| opened).unwrap_or_default();
+        packs.push((id, opened.clone()));
+        opened
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<(PackId, Opened)>> {
+        // A poisoned cache is only a cache.
+        self.packs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -18,7 +18,7 @@ use chunkstore::repository::Repository;
 use chunkstore::tree::{EntryCursor, NodeRef, NodeSource, TreeCursor, for_each_node};
 use common::*;
 use objects::ObjectStore as _;
-use objects::testing::{MemoryStore, keys};
+use objects::testing::{Fault, FaultyStore, MemoryStore, Op, keys};
 
 /// Two snapshots that share files, so that the packs of either are partly used by the other, and the
 /// files of the second.
@@ -223,4 +223,59 @@ fn tree_nodes_come_in_the_order_in_which_they_are_asked_for() {
         }
     }
     assert!((1..some.len()).contains(&whole), "{whole} of {} are whole", some.len());
+}
+
+/// Whoever needs the table of a pack that somebody else is reading waits for that.
+#[test]
+fn a_table_is_read_once_however_many_threads_need_it() {
+    let (store, ids, _) = two();
+    let wants = wants(&open(store.clone()), &snapshot_of(&open(store.clone()), ids[1]));
+    let reads: Arc<Mutex<BTreeMap<String, u32>>> = Arc::default();
+    let counted = {
+        let reads = reads.clone();
+        // A table is read at the end of its pack, whose size is asked for then.
+        FaultyStore::new(store.clone(), move |op, key: &str, _| {
+            if op == Op::Stat && key.starts_with("packs/") {
+                *reads.lock().unwrap().entry(key.to_owned()).or_default() += 1;
+                // Gives the others every chance to come and ask too.
+                std::thread::yield_now();
+            }
+            Fault::None
+        })
+    };
+    let repository = open(Arc::new(counted));
+    // Single blobs in the order of their places within packs, so that all threads need the same pack.
+    let packs: BTreeSet<_> = wants.iter().map(|want| want.place.pack).collect();
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for pack in &packs {
+                    let (store, keys) = (repository.store(), repository.keys());
+                    repository.packs(PackClass::Data).get(store, keys, *pack).unwrap();
+                }
+            });
+        }
+    });
+    let reads = reads.lock().unwrap();
+    assert_eq!(reads.len(), packs.len());
+    assert!(reads.values().all(|count| *count == 1), "{reads:?}");
+}
+
+#[test]
+fn a_table_that_could_not_be_read_is_read_when_it_is_needed_again() {
+    let (store, ids, _) = two();
+    let want = wants(&open(store.clone()), &snapshot_of(&open(store.clone()), ids[1]))[0];
+    let faulty = FaultyStore::new(store, |op, key: &str, n| {
+        if op == Op::Stat && key.starts_with("packs/") && n < 3 {
+            return Fault::FailBefore(objects::ErrorKind::Unavailable);
+        }
+        Fault::None
+    });
+    let repository = open(Arc::new(faulty));
+    let get = || {
+        let (store, keys) = (repository.store(), repository.keys());
+        repository.packs(PackClass::Data).get(store, keys, want.place.pack).map(drop)
+    };
+    let failed = (0..8).take_while(|_| get().is_err()).count();
+    assert!((1..=3).contains(&failed), "{failed}");
 }
