@@ -146,19 +146,29 @@ pub fn list(store: &dyn ObjectStore) -> Result<Vec<SlotInfo>> {
     Ok(read_all(store)?.into_iter().map(|slot| slot.info).collect())
 }
 
-/// Removes a slot.
+/// Removes a slot. Several at once may each find another one left and delete that one's last companion:
+/// so it is looked at again afterwards, and whoever finds no slot puts its own back.
 ///
 /// # Errors
-/// `NotFound` when there is none of this name, `Invalid` when it is the last one.
+/// `NotFound` when there is none of this name, `Invalid` when it is the last one: then it stays.
 pub fn remove(store: &dyn ObjectStore, slot: SlotId) -> Result<()> {
+    let last = || Error::invalid("this is the last key: add another one before removing it");
     let slots = read_all(store)?;
     if !slots.iter().any(|other| other.info.slot == slot) {
         return Err(Error::new(ErrorKind::NotFound, format!("there is no key slot {slot}")));
     }
     if slots.len() == 1 {
-        return Err(Error::invalid("this is the last key: add another one before removing it"));
+        return Err(last());
     }
-    Ok(store.delete(&object_name(slot))?)
+    let name = object_name(slot);
+    let object = store.read(&name, RECORD_BYTES_MAX)?;
+    store.delete(&name)?;
+    if !read_all(store)?.is_empty() {
+        return Ok(());
+    }
+    match store.create(&name, &[IoSlice::new(&object)])? {
+        Created::New | Created::AlreadyExists => Err(last()),
+    }
 }
 
 /// Opens the first slot that `unlock` fits. A slot that cannot be read does not block the others.
