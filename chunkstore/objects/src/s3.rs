@@ -825,10 +825,7 @@ impl ObjectStore for S3Store {
         }
         let mut into = Buffer { buffer: buf, filled: 0 };
         match self.get(key, range, u64::MAX, &mut into) {
-            // No byte of the range exists (416), which has no code of its own everywhere.
-            Err(error) if error.kind() == ErrorKind::Io && is_range_error(&error) => {
-                Err(truncated())
-            }
+            Err(error) if error.kind() == ErrorKind::Truncated => Err(truncated()),
             result => result,
         }
     }
@@ -841,8 +838,9 @@ impl ObjectStore for S3Store {
         }
         match self.get(key, Range::Last(limit as u64), u64::MAX, &mut tail) {
             // An empty object has no last byte.
-            Err(error) if error.kind() == ErrorKind::Io && is_range_error(&error) => {
-                Ok((self.stat(key)?.size, Vec::new()))
+            Err(error) if error.kind() == ErrorKind::Truncated => {
+                let size = self.stat(key)?.size;
+                if size == 0 { Ok((0, Vec::new())) } else { Err(error) }
             }
             result => result.map(|()| (tail.size, tail.bytes)),
         }
@@ -962,9 +960,4 @@ fn range_len(range: Range) -> u64 {
         Range::From(_, len) | Range::Last(len) => len,
         Range::All => 0,
     }
-}
-
-/// Whether the store answered that the range lies outside the object.
-fn is_range_error(error: &Error) -> bool {
-    std::error::Error::source(error).is_some_and(|why| why.to_string().contains("416"))
 }

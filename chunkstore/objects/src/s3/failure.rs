@@ -173,6 +173,8 @@ pub(super) fn answered(
         ("EntityTooLarge", _) => {
             about(ErrorKind::Invalid, "the object is too large for this store")
         }
+        // No byte of the range exists.
+        ("InvalidRange", _) | (_, 416) => Failure::new(ErrorKind::Truncated, said.clone()),
         ("PreconditionFailed", _) | (_, 412) => Failure::new(ErrorKind::Invalid, said.clone()),
         ("NoSuchKey" | "NoSuchUpload" | "NotFound", _) | (_, 404) => {
             Failure::new(ErrorKind::NotFound, said.clone())
@@ -236,6 +238,9 @@ mod tests {
             (429, "", ErrorKind::Unavailable, true, ""),
             (409, "ConditionalRequestConflict", ErrorKind::Unavailable, true, ""),
             (507, "", ErrorKind::Full, false, "quota"),
+            (416, "InvalidRange", ErrorKind::Truncated, false, ""),
+            (416, "", ErrorKind::Truncated, false, ""),
+            (400, "EntityOf416", ErrorKind::Io, false, "416"),
             (400, "Strange", ErrorKind::Io, false, "400 Strange: why"),
         ];
         for (status, code, kind, retryable, part) in table {
