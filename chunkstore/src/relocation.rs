@@ -7,7 +7,8 @@
 //!
 //! A blob may be relocated again, and may have several copies, if two repackings met: each is right.
 //!
-//! Memory: some 20 bytes a relocated blob and 80 a relocated pack.
+//! Memory: some 20 bytes a relocated blob and 80 a relocated pack. Merging leaves out what lies between
+//! ([`Relocations::shorten`]), so that this does not grow with each repacking.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::IoSlice;
@@ -199,6 +200,33 @@ impl Relocations {
         }
     }
 
+    /// Leaves out places in packs that are gone, if the blob was copied on from there: otherwise what is
+    /// said of a blob would grow with each repacking. What is left leads to the same copies.
+    pub(crate) fn shorten(&mut self, is_gone: &dyn Fn(PackId) -> bool) {
+        let is_passed =
+            |place: &Location| is_gone(place.pack) && self.copies(*place).next().is_some();
+        let mut shorter = Vec::new();
+        for (pack, moved) in &self.moved {
+            if !moved.places.iter().any(|(_, copy)| is_passed(copy)) {
+                continue;
+            }
+            let mut places = Vec::new();
+            for (ordinal, copy) in &moved.places {
+                let mut last = self.places(*copy);
+                last.retain(|place| !is_passed(place));
+                // Only a forged cycle leads nowhere.
+                let last = if last.is_empty() { vec![*copy] } else { last };
+                places.extend(last.into_iter().map(|place| (*ordinal, place)));
+            }
+            places.sort_unstable();
+            places.dedup();
+            shorter.push((*pack, places));
+        }
+        for (pack, places) in shorter {
+            self.moved.entry(pack).and_modify(|moved| moved.places = places);
+        }
+    }
+
     /// Whether nothing was relocated.
     pub fn is_empty(&self) -> bool {
         self.moved.is_empty()
@@ -325,6 +353,23 @@ mod tests {
         all.add(SnapshotId([1; 16]), moved(1, &[(0, place(2, 0))]));
         all.add(SnapshotId([2; 16]), moved(2, &[(0, place(1, 0))]));
         assert_eq!(all.places(place(1, 0)).len(), 2);
+        all.shorten(&|_| true);
+        assert_eq!(all.places(place(1, 0)).len(), 2);
+    }
+
+    #[test]
+    fn places_that_are_gone_are_left_out_if_the_blob_was_copied_on() {
+        let mut all = Relocations::default();
+        all.add(SnapshotId([1; 16]), moved(1, &[(0, place(2, 0)), (1, place(2, 1))]));
+        all.add(SnapshotId([2; 16]), moved(2, &[(0, place(3, 0)), (0, place(4, 0))]));
+        all.add(SnapshotId([3; 16]), moved(3, &[(0, place(5, 0))]));
+        let before = all.places(place(1, 0));
+        all.shorten(&|_| false);
+        assert_eq!(all.places(place(1, 0)), before, "all of them are there");
+        all.shorten(&|pack| [2, 3].contains(&pack.0[0]));
+        assert_eq!(all.copies(place(1, 0)).collect::<Vec<_>>(), [place(4, 0), place(5, 0)]);
+        assert_eq!(all.copies(place(2, 0)).collect::<Vec<_>>(), [place(4, 0), place(5, 0)]);
+        assert_eq!(all.newest(place(1, 1)), place(2, 1), "nothing else is known of it");
     }
 
     proptest! {

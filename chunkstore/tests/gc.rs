@@ -16,6 +16,7 @@ use chunkstore::gc::{PruneReport, PruneSettings, RepackSettings, prune};
 use chunkstore::id::SnapshotId;
 use chunkstore::pack::{PackClass, ReadScratch};
 use chunkstore::record::{self, Snapshot, Verdict};
+use chunkstore::relocation::Relocations;
 use chunkstore::repository::Repository;
 use chunkstore::tree::{Body, Content, EntryCursor, Node, TreeBuilder, TreeCursor};
 use chunkstore::writer::Writer;
@@ -619,6 +620,82 @@ fn references_to_repacked_blobs_are_taken_over_and_followed() {
     for folder in ["packs/", "meta/", "relocations/", "index/"] {
         assert_eq!(keys(&*store, folder), [""; 0], "{folder}");
     }
+}
+
+/// Each round one more blob of every pack is not used any more, so that the rest is copied once more.
+#[test]
+fn what_is_said_of_a_blob_does_not_grow_with_each_repacking() {
+    const ROUNDS: usize = 14;
+    let store = Arc::new(MemoryStore::new());
+    let repository = create(&store);
+    let saved = files(1, 64, 1200);
+    let one_in_sixteen = |at: usize| -> Files {
+        let numbered = saved.clone().into_iter().enumerate();
+        numbered.filter(|(n, _)| n % 16 == at).map(|(_, file)| file).collect()
+    };
+    let all = backup(&repository, &saved).unwrap();
+    let kept = one_in_sixteen(ROUNDS);
+    let mut expected = Expected::from([(backup(&repository, &kept).unwrap(), kept)]);
+    let used_once: Vec<SnapshotId> =
+        (0..ROUNDS).map(|round| backup(&repository, &one_in_sixteen(round)).unwrap()).collect();
+    expected.extend(used_once.iter().copied().zip((0..ROUNDS).map(one_in_sixteen)));
+    store.set_now(hour(24));
+    let mut copied = 0;
+    for gone in std::iter::once(all).chain(used_once) {
+        repository.forget(gone, time(hour(24))).unwrap();
+        expected.remove(&gone);
+        for _ in 0..2 {
+            copied += run_prune(&repository).repacked.unwrap().blobs_copied;
+        }
+        assert_eq!(assert_intact(&repository, &expected, "moved"), expected.len());
+    }
+    assert!(copied > 200, "{copied}");
+    assert_converged(&open(store.clone()), "moved");
+    let relocations = Relocations::load(&*store, repository.keys()).unwrap();
+    let places: usize = relocations.packs().map(|(_, moved)| moved.places.len()).sum();
+    assert!(places <= 200, "{places} places of {} packs", relocations.packs().count());
+}
+
+/// A copy may outlive the relocation that leads to it: a session that begins when that is announced must
+/// not count on it.
+#[test]
+fn a_relocation_about_to_go_is_not_taken_over() {
+    let Three { store, repository, mut expected, ids } = three();
+    repository.forget(ids[0], time(hour(24))).unwrap();
+    run_prune(&repository);
+    let parent = repository.snapshot(ids[1]).unwrap();
+    let relocations = Relocations::load(&*store, repository.keys()).unwrap();
+    let mut entries = EntryCursor::new(TreeCursor::new(&*repository, parent.root, parent.level));
+    let mut moved = None;
+    while let Some(entry) = entries.peek().unwrap() {
+        moved =
+            moved.or(entry.blobs().find(|blob| relocations.contains(blob.location.pack)).copied());
+        entries.advance();
+    }
+    let moved = moved.unwrap();
+    // Somebody finds the copy through the index, and refers to it itself.
+    let same: Files = expected[&ids[1]].clone();
+    expected.insert(backup(&repository, &same).unwrap(), same);
+    let waited_for = begin(&repository).unwrap();
+    assert!(waited_for.is_usable_at(moved.location));
+    repository.forget(ids[1], time(hour(24))).unwrap();
+    assert_eq!(run_prune(&repository).waiting.len(), 1);
+    let late = begin(&repository).unwrap();
+    assert!(!late.is_usable_at(moved.location), "its relocation may go before the session ends");
+    let mut tree = TreeBuilder::new(&late, repository.keys().cut());
+    let chunk = chunkstore::tree::Chunk { offset: 0, blob: moved };
+    let content = Content::Chunks(vec![chunk]);
+    let body = Body::Node(node(u64::from(moved.len), content));
+    tree.push(&chunkstore::tree::Entry { key: b"a".to_vec(), body }).unwrap();
+    assert!(tree.finish().is_err(), "nor can a tree");
+    // The session that was there before may, and holds the relocation up.
+    drop(late);
+    waited_for.abandon().unwrap();
+    store.set_now(hour(48));
+    assert_converged(&repository, "after");
+    let relocations = Relocations::load(&*store, repository.keys()).unwrap();
+    assert!(!relocations.contains(moved.location.pack), "it has gone");
+    assert_eq!(assert_intact(&repository, &expected, "after"), 2);
 }
 
 #[test]

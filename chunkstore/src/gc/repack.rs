@@ -469,6 +469,13 @@ pub(super) fn merge_relocations(
             Err(error) => return Err(error),
         }
     }
+    // Listed after the objects were read, which name no pack that was not durable before: what is missing
+    // was deleted, and no session counts on it. While it is there, one may count on it alone.
+    let mut present: BTreeSet<PackId> = BTreeSet::new();
+    if all.packs().any(|(_, moved)| moved.places.iter().any(|(_, copy)| all.contains(copy.pack))) {
+        present.extend(facts::packs(repository, std::time::UNIX_EPOCH)?.iter().map(|pack| pack.id));
+        all.shorten(&|pack| !present.contains(&pack));
+    }
     let old: Vec<String> = all.objects().iter().map(|id| record::relocation_name(*id)).collect();
     let kept = all.packs().filter(|(pack, _)| !retired.contains(pack));
     let kept: Vec<_> = kept.map(|(pack, moved)| (*pack, moved.clone())).collect();
