@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use chunkstore::testing::fuzz::{TARGETS, Target, seeds};
+use chunkstore::tree::{Absence, Body, Kind, State, decode_leaf};
 
 const MUTATIONS: u64 = 2000;
 
@@ -81,6 +82,26 @@ fn no_target_panics_on_its_seeds_or_what_becomes_of_them() {
     for (name, target) in TARGETS {
         replay(name, target);
     }
+}
+
+/// Seeds are only as good as what they hold: made before a form was added, they do not reach it.
+#[test]
+fn the_seed_of_leaves_has_every_form_of_an_entry() {
+    let bytes = fs::read(folder().join("leaf/every-kind")).unwrap();
+    let bodies: Vec<Body> =
+        decode_leaf(&bytes).unwrap().entries.into_iter().map(|entry| entry.body).collect();
+    let has = |form: &dyn Fn(&Body) -> bool| bodies.iter().any(form);
+    for state in (0..).map_while(State::from_byte) {
+        assert!(has(&|body| matches!(body, Body::Node(node) if node.state == state)), "{state:?}");
+    }
+    for why in (0..).map_while(Absence::from_byte) {
+        assert!(has(&|body| *body == Body::Absent(why)), "{why:?}");
+    }
+    for kind in [Kind::File, Kind::Dir, Kind::Symlink, Kind::CharDevice] {
+        assert!(has(&|body| matches!(body, Body::Node(node) if node.kind == kind)), "{kind:?}");
+    }
+    assert!(has(&|body| matches!(body, Body::Extent(_))));
+    assert!(has(&|body| matches!(body, Body::End(_))));
 }
 
 #[test]

@@ -436,8 +436,6 @@ fn sample_entries() -> Vec<Entry> {
     let part = Content::Part { bundle: blob(1), offset: 10, hash: [4; 16] };
     let mut attributed = node(Kind::File, 0, Content::None);
     attributed.xattrs = vec![(b"user.a".to_vec(), b"b".to_vec())];
-    let mut cut = node(Kind::File, 1, Content::Inline(b"a".to_vec()));
-    cut.state = State::Cut;
     let mut entries = vec![
         (b"".to_vec(), Body::Node(node(Kind::Dir, 0, Content::None))),
         (b"a".to_vec(), Body::Node(node(Kind::File, 3, Content::Inline(b"abc".to_vec())))),
@@ -453,8 +451,13 @@ fn sample_entries() -> Vec<Entry> {
         (b"e".to_vec(), Body::Node(node(Kind::Symlink, 2, Content::Inline(b"to".to_vec())))),
         (b"f".to_vec(), Body::Node(node(Kind::CharDevice, 0, Content::None))),
         (b"g".to_vec(), Body::Node(attributed)),
-        (b"ga".to_vec(), Body::Node(cut)),
+        (b"ga".to_vec(), Body::Absent(Absence::Excluded)),
     ];
+    for state in (1..).map_while(State::from_byte) {
+        let kind = if state.suits(Kind::File) { Kind::File } else { Kind::Dir };
+        let body = Body::Node(Node { state, ..node(kind, 0, Content::None) });
+        entries.push((format!("gb{}", state as u8).into_bytes(), body));
+    }
     for n in 0..1500 {
         let key = format!("h\0{n:05}").into_bytes();
         entries.push((key, Body::Node(node(Kind::Fifo, 0, Content::None))));

@@ -80,8 +80,6 @@ pub fn entries(round: u64, store: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) -> R
     let mut attributed = file(0, Content::None);
     attributed.xattrs = vec![(b"user.name".to_vec(), b"value".to_vec())];
     attributed.linked = true;
-    let mut kept = file(6, Content::Inline(b"before".to_vec()));
-    kept.state = State::Kept;
     let mut device = node(Kind::CharDevice, 0, Content::None);
     device.rdev = (1, 3);
     let mut entries = vec![
@@ -90,7 +88,6 @@ pub fn entries(round: u64, store: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) -> R
         (b"chunks".to_vec(), Body::Node(file(40_000, Content::Chunks(chunks)))),
         (b"device".to_vec(), Body::Node(device)),
         (b"inline".to_vec(), Body::Node(file(7, Content::Inline(b"content".to_vec())))),
-        (b"kept".to_vec(), Body::Node(kept)),
         (b"large".to_vec(), Body::Node(file(100 << 20, Content::Extents))),
         (extent_key(b"large", extent.offset), Body::Extent(vec![extent])),
         (end_key(b"large"), Body::End(End { size: 80 << 20, state: State::Cut })),
@@ -99,8 +96,14 @@ pub fn entries(round: u64, store: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) -> R
         (b"names \xff\n".to_vec(), Body::Node(node(Kind::Fifo, 0, Content::None))),
         (b"part 1".to_vec(), Body::Node(file(3000, part(0, 1)))),
         (b"part 2".to_vec(), Body::Node(file(2000, part(3000, 2)))),
-        (b"z".to_vec(), Body::Node(node(Kind::Dir, 0, Content::None))),
     ];
+    for state in (1..).map_while(State::from_byte) {
+        let kind = if state.suits(Kind::File) { Kind::File } else { Kind::Dir };
+        let body = Body::Node(Node { state, ..node(kind, 0, Content::None) });
+        entries.push((format!("state {}", state as u8).into_bytes(), body));
+    }
+    entries.push((b"unreadable".to_vec(), Body::Absent(Absence::Unreadable)));
+    entries.push((b"z".to_vec(), Body::Node(node(Kind::Dir, 0, Content::None))));
     // Enough for several leaves.
     for n in 0..1200 + round {
         let key = child_key(b"z", format!("{n:05}").as_bytes());
@@ -132,7 +135,7 @@ pub fn manifest(repository: &Repository) -> Result<String> {
             let described = format!("{} {:?}", entry.key.escape_ascii(), entry.body);
             count += 1;
             all.update(described.as_bytes());
-            if count <= 16 {
+            if count <= 30 {
                 line(described);
             }
             for blob in entry.blobs() {
