@@ -3,32 +3,53 @@
 //! Actors are threads that hand a baton on: at each call to the store, a seeded generator decides who
 //! goes on, how far the clock moves, and what goes wrong. So a run follows from its seed alone.
 
+mod client;
+
 use std::collections::{BTreeMap, VecDeque};
-use std::io::{IoSlice, Read};
-use std::ops::Bound;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use objects::{Created, DATE_TOLERANCE, Error, ErrorKind, ObjectMeta, ObjectStore, Result};
+use objects::{DATE_TOLERANCE, ObjectMeta};
+
+pub(crate) use client::Client;
 
 /// Something taken out of the protocol, to see that the simulation notices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Sabotage {
     None,
-    /// A writer's announcement appears only when it uploads its first pack.
+    /// W1: a writer's announcement appears only when it uploads its first pack.
     AnnounceLate,
-    /// A prune judges by the snapshots it saw first.
-    NoSecondMark,
-    /// An upload is acknowledged before it is durable.
+    /// W2: a writer does not read tombstones.
+    NoTombstones,
+    /// W3: a writer takes packs for present that once were.
+    StaleListing,
+    /// W3: a tree refers to nodes of an older one without asking.
+    NoGate,
+    /// W5: an upload is acknowledged before it is durable.
     EarlyReceipt,
+    /// P4: a prune takes every session for decided.
+    NoWait,
+    /// P5: a prune judges by the snapshots it saw first.
+    NoSecondMark,
+    /// P6: a prune does not look whether its tombstones are still there.
+    NoSecondLook,
+    /// A writer that was silent for weeks commits all the same.
+    AnySilence,
     /// Create-if-absent replaces, although the repository relies on it.
     NoRegister,
-    /// A writer takes packs for present that once were.
-    StaleListing,
-    /// A writer does not look for a fence before it commits.
+    /// C3: a writer does not look for a fence before it commits.
     NoFenceCheck,
-    /// The store takes requests of any date.
+    /// C4: the store takes requests of any date.
     AnyDate,
+}
+
+/// How long things take.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tempo {
+    /// By how much sleeps are longer than usual.
+    pub(crate) sleep: u64,
+    /// Most seconds of a pause, of which one is drawn.
+    pub(crate) pauses: [u64; 4],
 }
 
 /// What may go wrong with one call, and how often: in a thousand.
@@ -57,6 +78,8 @@ pub(crate) struct Coverage {
     pub(crate) reused_doomed: u64,
     pub(crate) prunes_at_once: u64,
     pub(crate) reads: u64,
+    pub(crate) leaves_taken_over: u64,
+    pub(crate) leaves_refused: u64,
 }
 
 type Objects = BTreeMap<String, (Arc<[u8]>, SystemTime)>;
@@ -103,6 +126,7 @@ pub(crate) struct World {
     sabotage: Sabotage,
     /// Whether create-if-absent means anything.
     conditional: bool,
+    tempo: Tempo,
 }
 
 pub(crate) fn at(seconds: u64) -> SystemTime {
@@ -225,6 +249,7 @@ impl World {
         faults: Faults,
         sabotage: Sabotage,
         conditional: bool,
+        tempo: Tempo,
         base: &[(String, Arc<[u8]>)],
     ) -> Arc<Self> {
         let objects = base.iter().map(|(key, body)| (key.clone(), (body.clone(), at(0)))).collect();
@@ -241,7 +266,7 @@ impl World {
             dirty: false,
         };
         let (state, baton) = (Mutex::new(state), Condvar::new());
-        Arc::new(Self { state, baton, faults, sabotage, conditional })
+        Arc::new(Self { state, baton, faults, sabotage, conditional, tempo })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -343,7 +368,7 @@ impl World {
     /// Lets time pass for the actor.
     pub(crate) fn sleep(&self, id: usize, seconds: u64) {
         let mut state = self.state();
-        state.actors[id].resumes = state.seconds + seconds;
+        state.actors[id].resumes = state.seconds + seconds * self.tempo.sleep;
         self.hand_on(&mut state);
         while state.turn != id {
             state = self.baton.wait(state).unwrap();
@@ -386,248 +411,5 @@ impl World {
     /// Whether an object is there.
     pub(crate) fn has(&self, key: &str) -> bool {
         self.state().objects.contains_key(key)
-    }
-}
-
-/// How an actor sees the store.
-pub(crate) struct Client {
-    pub(crate) world: Arc<World>,
-    /// None for the outside view.
-    pub(crate) id: Option<usize>,
-}
-
-impl Client {
-    /// Takes part in the schedule; fails if the actor has crashed.
-    fn step(&self, operation: &'static str, key: &str) -> Result<MutexGuard<'_, State>> {
-        let world = &*self.world;
-        let mut state = world.state();
-        let Some(id) = self.id else {
-            return Ok(state);
-        };
-        let dead = || Err(Error::new(ErrorKind::Io, operation, key).because("crashed"));
-        if state.actors[id].crashed {
-            return dead();
-        }
-        if state.chance(world.faults.pause) {
-            let longest = [60, 4000, 20_000, 200_000][state.below(4) as usize];
-            let pause = state.below(longest);
-            state.actors[id].resumes = state.seconds + pause;
-            state.note(id, format!("pauses for {pause} s"));
-        }
-        world.hand_on(&mut state);
-        while state.turn != id {
-            state = world.baton.wait(state).unwrap();
-        }
-        world.arrive(&mut state);
-        state.coverage.calls += 1;
-        if state.chance(world.faults.crash) {
-            state.actors[id].crashed = true;
-            state.coverage.crashes += 1;
-            state.note(id, format!("crashes at {operation} {key}"));
-            // A last request may still be under way; see `change`.
-        }
-        Ok(state)
-    }
-
-    fn change(&self, operation: &'static str, key: &str, effect: Effect) -> Result<Applied> {
-        let world = &*self.world;
-        let mut state = self.step(operation, key)?;
-        let Some(id) = self.id else {
-            return Ok(state.apply(&effect, world.conditional, Sabotage::None));
-        };
-        let lost = || Error::new(ErrorKind::Unavailable, operation, key).because("injected");
-        let faults = world.faults;
-        let later = |state: &mut State, most: u64| {
-            let due = state.seconds + 1 + state.below(most);
-            let number = state.below(u64::MAX);
-            state.late.insert((due, number), effect.clone());
-        };
-        if state.actors[id].crashed {
-            match state.below(3) {
-                0 => {}
-                1 => later(&mut state, 72_000),
-                _ => drop(state.apply(&effect, world.conditional, world.sabotage)),
-            }
-            return Err(lost());
-        }
-        if let Some(applied) = self.sabotaged(&mut state, id, &effect) {
-            return Ok(applied);
-        }
-        if state.chance(faults.lost_request) {
-            state.note(id, format!("{} is lost", effect.text()));
-            return Err(lost());
-        }
-        if state.chance(faults.late_request) {
-            state.note(id, format!("{} is held up", effect.text()));
-            later(&mut state, 72_000);
-            return Err(lost());
-        }
-        let applied = state.apply(&effect, world.conditional, world.sabotage);
-        state.note(id, format!("{} -> {applied:?}", effect.text()));
-        if state.chance(faults.repeated_request) {
-            later(&mut state, 40_000);
-        }
-        if state.chance(faults.lost_answer) {
-            state.note(id, "but its answer is lost".to_owned());
-            return Err(lost());
-        }
-        Ok(applied)
-    }
-
-    /// What a sabotaged client does instead.
-    fn sabotaged(&self, state: &mut State, id: usize, effect: &Effect) -> Option<Applied> {
-        let Effect::Create(key, body) = effect else {
-            return None;
-        };
-        if !state.actors[id].is_writer {
-            if key.starts_with("sessions/") {
-                state.actors[id].seen = None;
-            }
-            return None;
-        }
-        match self.world.sabotage {
-            Sabotage::AnnounceLate if key.starts_with("sessions/") => {
-                state.actors[id].held = Some((key.clone(), body.clone()));
-                Some(Applied::Done)
-            }
-            Sabotage::AnnounceLate if key.starts_with("packs/") || key.starts_with("meta/") => {
-                if let Some((key, body)) = state.actors[id].held.take() {
-                    state.put(&key, body);
-                }
-                None
-            }
-            Sabotage::EarlyReceipt if key.starts_with("packs/") && state.chance(300) => {
-                // Acknowledged, and then the server dies.
-                Some(Applied::Done)
-            }
-            _ => None,
-        }
-    }
-
-    fn body(&self, operation: &'static str, key: &str) -> Result<(Arc<[u8]>, SystemTime)> {
-        let state = self.step(operation, key)?;
-        let held = self.id.and_then(|id| state.actors[id].held.as_ref());
-        if let Some((name, body)) = held
-            && name == key
-        {
-            return Ok((body.clone(), state.now()));
-        }
-        let writer = self.id.is_some_and(|id| state.actors[id].is_writer);
-        let blind = self.world.sabotage == Sabotage::NoFenceCheck && writer;
-        let found = state.objects.get(key).filter(|_| !(blind && key.starts_with("fences/")));
-        found.cloned().ok_or_else(|| Error::new(ErrorKind::NotFound, operation, key))
-    }
-}
-
-impl ObjectStore for Client {
-    fn create(&self, key: &str, parts: &[IoSlice<'_>]) -> Result<Created> {
-        let body: Arc<[u8]> = parts.iter().flat_map(|part| part.iter().copied()).collect();
-        match self.change("create", key, Effect::Create(key.to_owned(), body))? {
-            Applied::Exists => Ok(Created::AlreadyExists),
-            _ => Ok(Created::New),
-        }
-    }
-
-    fn replace(&self, key: &str, body: &[u8]) -> Result<()> {
-        self.change("replace", key, Effect::Replace(key.to_owned(), body.into(), None)).map(|_| ())
-    }
-
-    fn create_from(&self, key: &str, body: &mut dyn Read) -> Result<Created> {
-        let mut bytes = Vec::new();
-        body.read_to_end(&mut bytes).map_err(|error| Error::from_io("create", key, error))?;
-        self.create(key, &[IoSlice::new(&bytes)])
-    }
-
-    fn replace_dated(&self, key: &str, body: &[u8], date: SystemTime) -> Result<()> {
-        // With create-if-absent nothing relies on dates, and clocks may be wrong.
-        let date = Some(date).filter(|_| !self.world.conditional);
-        match self.change("replace", key, Effect::Replace(key.to_owned(), body.into(), date))? {
-            Applied::Expired => Err(Error::new(ErrorKind::Expired, "replace", key)),
-            _ => Ok(()),
-        }
-    }
-
-    fn delete_dated(&self, keys: &[String], date: SystemTime) -> Result<()> {
-        let Some(first) = keys.first() else {
-            return Ok(());
-        };
-        let date = Some(date).filter(|_| !self.world.conditional);
-        match self.change("delete", first, Effect::Delete(keys.to_vec(), date))? {
-            Applied::Expired => Err(Error::new(ErrorKind::Expired, "delete", first)),
-            _ => Ok(()),
-        }
-    }
-
-    fn clock(&self) -> SystemTime {
-        let state = self.world.state();
-        let offset = self.id.map_or(0, |id| state.actors[id].offset);
-        at(state.seconds.saturating_add_signed(offset))
-    }
-
-    fn read(&self, key: &str, limit: u64) -> Result<Vec<u8>> {
-        let (body, _) = self.body("read", key)?;
-        if body.len() as u64 > limit {
-            return Err(Error::new(ErrorKind::TooLarge, "read", key));
-        }
-        Ok(body.to_vec())
-    }
-
-    fn read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let (body, _) = self.body("read", key)?;
-        let from = offset as usize;
-        let bytes = body.get(from..from + buf.len());
-        let bytes = bytes.ok_or_else(|| Error::new(ErrorKind::Truncated, "read", key))?;
-        buf.copy_from_slice(bytes);
-        Ok(())
-    }
-
-    fn stat(&self, key: &str) -> Result<ObjectMeta> {
-        let (body, modified) = self.body("stat", key)?;
-        Ok(ObjectMeta { key: key.to_owned(), size: body.len() as u64, modified })
-    }
-
-    fn list(&self, prefix: &str, each: &mut dyn FnMut(ObjectMeta) -> Result<()>) -> Result<()> {
-        let sabotage = self.world.sabotage;
-        // One page: strongly consistent as a whole.
-        let metas: Vec<ObjectMeta> = {
-            let mut state = self.step("list", prefix)?;
-            let range = (Bound::Included(prefix.to_owned()), Bound::Unbounded);
-            let here = state
-                .objects
-                .range::<String, _>(range)
-                .take_while(|(key, _)| key.starts_with(prefix));
-            let mut metas: Vec<ObjectMeta> = here
-                .map(|(key, (body, modified))| {
-                    let size = body.len() as u64;
-                    ObjectMeta { key: key.clone(), size, modified: *modified }
-                })
-                .collect();
-            if let Some(id) = self.id {
-                let is_writer = state.actors[id].is_writer;
-                let packs = prefix == "packs/" || prefix == "meta/";
-                if sabotage == Sabotage::StaleListing && is_writer && packs {
-                    let ever = state.ever.values().filter(|meta| meta.key.starts_with(prefix));
-                    metas = ever.cloned().collect();
-                }
-                if sabotage == Sabotage::NoSecondMark && !is_writer && prefix == "snapshots/" {
-                    let seen = state.actors[id].seen.get_or_insert(metas);
-                    metas = seen.clone();
-                }
-            }
-            metas
-        };
-        metas.into_iter().try_for_each(each)
-    }
-
-    fn delete(&self, key: &str) -> Result<()> {
-        self.change("delete", key, Effect::Delete(vec![key.to_owned()], None)).map(|_| ())
-    }
-
-    fn remove_unfinished(&self, _: Duration, _: SystemTime) -> Result<u64> {
-        Ok(0)
-    }
-
-    fn location(&self) -> String {
-        "the simulated store".to_owned()
     }
 }
