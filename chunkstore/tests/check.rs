@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use chunkstore::check::{
@@ -12,6 +12,7 @@ use chunkstore::check::{
 };
 use chunkstore::id::{GenerationId, SnapshotId};
 use chunkstore::record::{self, Tombstones};
+use chunkstore::relocation;
 use chunkstore::repository::Repository;
 use common::*;
 use objects::ObjectStore;
@@ -54,6 +55,8 @@ fn full() -> (Arc<MemoryStore>, Expected) {
         }
         let kind = chunkstore::codec::seal::ObjectKind::Tombstones;
         let waits = record::Waits { sessions: vec![SnapshotId([n; 16])] };
+        let moved = relocation::Record::Moved(BTreeMap::new());
+        let _ = moved.create(&*store, keys, SnapshotId([n; 16])).unwrap();
         let name = record::waits_name(id);
         let _ = record::create_json(&*store, keys, kind, &name, &waits).unwrap();
     }
@@ -141,6 +144,7 @@ fn damage_of_every_kind_to_every_kind_of_object_is_reported_and_spares_the_rest(
         "tombstones/",
         "waits/",
         "doomed/",
+        "relocations/",
         "keys/",
     ];
     let mut actions =

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "also in the functions that the tests share")]
 
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -9,6 +11,54 @@ use chunkstore::testing::fuzz::{TARGETS, Target, seeds};
 use chunkstore::tree::{Absence, Body, Kind, State, decode_leaf};
 
 const MUTATIONS: u64 = 2000;
+
+/// What any target may take for an input of some KiB: a blob of the largest size, stored and unpacked.
+const MEMORY_MAX: usize = 32 << 20;
+
+thread_local! {
+    /// Bytes that this thread has taken and not given back, and the most there were.
+    static TAKEN: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
+}
+
+/// The system's allocator, counting.
+struct Counting;
+
+fn count(more: usize, less: usize) {
+    TAKEN.with(|taken| {
+        let (now, most) = taken.get();
+        let now = (now + more).saturating_sub(less);
+        taken.set((now, most.max(now)));
+    });
+}
+
+#[expect(unsafe_code, reason = "an allocator is nothing else; it hands everything on")]
+// SAFETY: every call goes to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size(), 0);
+        // SAFETY: the caller keeps to what the trait asks of it.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        count(0, layout.size());
+        // SAFETY: as above.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Runs the target, and sees that it takes no more memory than it may.
+fn within_memory(name: &str, target: Target, bytes: &[u8]) -> bool {
+    let before = TAKEN.get().0;
+    TAKEN.set((before, before));
+    let accepted = target(bytes);
+    let most = TAKEN.get().1 - before;
+    assert!(most <= MEMORY_MAX, "{name} takes {most} bytes for an input of {}", bytes.len());
+    accepted
+}
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds")
@@ -63,7 +113,7 @@ fn mutate(bytes: &mut Vec<u8>, other: &[u8], numbers: &mut Numbers) {
 
 fn replay(name: &str, target: Target) {
     let seeds = stored(name);
-    let accepted = seeds.iter().filter(|(_, bytes)| target(bytes)).count();
+    let accepted = seeds.iter().filter(|(_, bytes)| within_memory(name, target, bytes)).count();
     // A segment is bound to a random name: as a whole it never opens.
     let expected = usize::from(name != "segment_object");
     assert!(accepted >= expected, "no seed of {name} is accepted any more: make them again");
@@ -73,12 +123,12 @@ fn replay(name: &str, target: Target) {
         let (_, other) = &seeds[numbers.below(seeds.len())];
         let mut bytes = bytes.clone();
         mutate(&mut bytes, other, &mut numbers);
-        target(&bytes);
+        within_memory(name, target, &bytes);
     }
 }
 
 #[test]
-fn no_target_panics_on_its_seeds_or_what_becomes_of_them() {
+fn no_target_panics_or_takes_much_memory_on_its_seeds_or_what_becomes_of_them() {
     for (name, target) in TARGETS {
         replay(name, target);
     }
