@@ -147,7 +147,7 @@ fn a_relocation_about_to_go_is_not_taken_over() {
     tree.push(&Entry { key: b"a".to_vec(), body }).unwrap();
     assert!(tree.finish().is_err(), "nor can a tree");
     // The session that was there before may, and holds the relocation up.
-    drop(late);
+    late.abandon().unwrap();
     waited_for.abandon().unwrap();
     store.set_now(hour(48));
     assert_converged(&repository, "after");
