@@ -5,11 +5,10 @@
 
 mod cluster;
 
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use cluster::{BUCKET, Cluster, NAMESPACE, install, is_ready, wait, wait_for};
+use cluster::{BUCKET, Cluster, NAMESPACE, install, is_ready, root, wait, wait_for};
 use objects::testing::server::fresh;
 use serde_json::{Value, json};
 
@@ -34,9 +33,7 @@ fn ebackup(cluster: &Cluster, args: &[&str]) -> String {
     let secret = cluster.find("secret", NAMESPACE, "ebackup-repository-default").unwrap();
     let encoded = secret["data"]["passphrase"].as_str().unwrap();
     let decoded = Command::new("base64").arg("-d").stdin(input(encoded)).output().unwrap().stdout;
-    let program: PathBuf =
-        std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("ebackup");
-    let output = Command::new(program)
+    let output = Command::new(root().join("target/image/root/usr/bin/ebackup"))
         .args(args)
         .env("EBACKUP_REPO", format!("s3://{BUCKET}/{}/restic/_chunkstore", cluster.prefix))
         .env("EBACKUP_ENDPOINT", format!("http://127.0.0.1:{}", cluster.s3.port))

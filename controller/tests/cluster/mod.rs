@@ -38,7 +38,8 @@ fn var(name: &str) -> String {
     })
 }
 
-fn root() -> PathBuf {
+/// The checkout, whose `target/image` holds what runs in the cluster.
+pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
 

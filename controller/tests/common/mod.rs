@@ -41,10 +41,11 @@ pub(crate) async fn patiently<T>(what: &str, wait: impl Future<Output = T>) -> T
 
 /// A client of the API server that the environment names.
 pub(crate) async fn client() -> Client {
-    let path = std::env::var("EBACKUP_TEST_KUBECONFIG").unwrap_or_else(|_| {
+    let variable = "EBACKUP_TEST_APISERVER_KUBECONFIG";
+    let path = std::env::var(variable).unwrap_or_else(|_| {
         panic!(
-            "EBACKUP_TEST_KUBECONFIG is not set: this test needs an API server. Start one with \
-             'cargo xtask cluster up', and set it to the kubeconfig that this names"
+            "{variable} is not set: this test needs an API server. Start one with 'cargo xtask \
+             apiserver up', and tell this shell with 'set -a; . target/apiserver/env'"
         )
     });
     let config = kube::config::Kubeconfig::read_from(PathBuf::from(path)).unwrap();
