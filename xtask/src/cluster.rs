@@ -8,19 +8,14 @@
 //! another version are taken from the folder `KUBEBUILDER_ASSETS`.
 
 use std::fs;
-use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::service::{Service, Variables, cache, path_with, require, root};
-
-/// Where clusters look for their ports: the first block of which all are free. The first block ends
-/// above the S3 server's ports, the last below those that the system gives to clients.
-const PORTS: std::ops::Range<u16> = 18_200..22_200;
-const BLOCK: u16 = 20;
+use crate::runner::Log;
+use crate::service::{Service, Variables, cache, free_ports, path_with, require, root};
 
 /// What `build-kubernetes.sh` builds.
 const KUBERNETES: [&str; 5] =
@@ -114,15 +109,9 @@ pub(crate) fn up() -> Result<Variables> {
 }
 
 /// Tries out all of a cluster that tests rely on; it stays up.
-pub(crate) fn smoke() -> Result<()> {
-    let status = Command::new(root()?.join("xtask/cluster/smoke.sh"))
-        .envs(up()?)
-        .status()
-        .context("cannot run smoke.sh")?;
-    if !status.success() {
-        bail!("the cluster does not do what tests rely on: smoke.sh: {status}");
-    }
-    Ok(())
+pub(crate) fn smoke(log: &Log) -> Result<()> {
+    let mut smoke = Command::new(root()?.join("xtask/cluster/smoke.sh"));
+    log.run(smoke.envs(up()?)).context("the cluster does not do what tests rely on")
 }
 
 /// Stops the cluster, forgets what it stored, and removes all that it did to the machine.
@@ -158,7 +147,7 @@ fn given(variable: &str) -> Option<Variables> {
 }
 
 /// The folder of Kubernetes' programs, built if this is the first time.
-fn kubernetes() -> Result<PathBuf> {
+pub(crate) fn kubernetes() -> Result<PathBuf> {
     let folder = cache()?.join("kubernetes-1.20.2");
     if KUBERNETES.iter().all(|program| folder.join(program).exists()) {
         return Ok(folder);
@@ -178,13 +167,4 @@ fn kubernetes() -> Result<PathBuf> {
         bail!("building Kubernetes: {status}; see {}", log.display());
     }
     Ok(folder)
-}
-
-/// The first port of a free block.
-fn free_ports() -> Result<u16> {
-    let is_free = |port: u16| TcpListener::bind(("127.0.0.1", port)).is_ok();
-    PORTS
-        .step_by(usize::from(BLOCK))
-        .find(|first| (*first..first + BLOCK).all(is_free))
-        .with_context(|| format!("no {BLOCK} free ports side by side in {PORTS:?}"))
 }

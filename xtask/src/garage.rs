@@ -8,12 +8,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::service::{Service, Variables, cache, path_with, root};
+use crate::service::{Service, Variables, cache, free_ports, path_with, root};
 
 const VERSION: &str = "2.5.0";
-
-/// Its port; the next one is taken too.
-const PORT: u16 = 18_110;
 
 /// Builds it, unless that was done.
 pub(crate) fn build() -> Result<()> {
@@ -50,7 +47,7 @@ pub(crate) fn up() -> Result<Option<Variables>> {
     let script = root()?.join("chunkstore/objects/tests/garage.sh");
     let path: OsString = path_with(folder()?.join("bin"))?;
     let mut command = Command::new(script);
-    command.arg(&service.folder).arg(PORT.to_string()).env("PATH", path);
+    command.arg(&service.folder).arg(free_ports()?.to_string()).env("PATH", path);
     service.start(&mut command).map(Some)
 }
 

@@ -1,7 +1,8 @@
 //! `cargo xtask image`: the container image of the product, `ebackup:dev`, without Docker, at
 //! `target/image/ebackup.tar`; its files lie beside it in `root`. It holds the programs, the libraries
 //! they are linked to, what the C library needs to look up names, certificates, and nothing else: no
-//! shell. `cargo xtask image target/debug` takes programs that were built already.
+//! shell. `cargo xtask image target/debug` takes programs that were built already, and `cargo xtask image target/debug
+//! FOLDER` puts it elsewhere.
 //!
 //! `deploy/Dockerfile` makes the same for those who have Docker.
 
@@ -36,8 +37,9 @@ const FILES: &[(&str, &str)] = &[
 
 const CONFIG: &str = r#"{"User":"65532:65532","WorkingDir":"/","Env":["PATH=/usr/bin"],"Entrypoint":["/usr/bin/ebackup"]}"#;
 
-/// Makes the image of the programs in the folder `built`, or else of a release build.
-pub(crate) fn build(built: Option<&Path>) -> Result<()> {
+/// Makes the image of the programs in the folder `built`, or else of a release build; in the folder `out`, or else in
+/// `target/image`.
+pub(crate) fn build(built: Option<&Path>, out: Option<&Path>) -> Result<()> {
     let root = root()?;
     let built = match built {
         Some(built) => built.to_owned(),
@@ -49,7 +51,7 @@ pub(crate) fn build(built: Option<&Path>) -> Result<()> {
         }
     };
 
-    let folder = root.join("target/image");
+    let folder = out.map_or_else(|| root.join("target/image"), Path::to_owned);
     let stage = folder.join("root");
     if stage.exists() {
         fs::remove_dir_all(&stage).with_context(|| format!("cannot remove {}", stage.display()))?;

@@ -5,10 +5,21 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::service::{Service, Variables, require, root};
+use crate::service::{Service, Variables, free_ports, require, root};
 
-/// Port of the plain endpoint; the next ones are taken too.
-const PORT: u16 = 18_096;
+/// One server.
+pub(crate) struct Instance {
+    name: &'static str,
+    title: &'static str,
+}
+
+/// What tests share.
+pub(crate) const FOR_ALL: Instance =
+    Instance { name: "s3", title: "the S3 server, Ceph's object gateway" };
+
+/// What the suite on the cluster uses alone, which kills it.
+pub(crate) const FOR_CLUSTER: Instance =
+    Instance { name: "s3-cluster", title: "the S3 server of the cluster, Ceph's object gateway" };
 
 /// Programs it consists of, and the packages they come from.
 const PROGRAMS: &[(&str, &str)] = &[
@@ -19,26 +30,26 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("openssl", "openssl"),
 ];
 
-fn service() -> Result<Service> {
-    Service::new("s3", "the S3 server, Ceph's object gateway", Duration::from_secs(120))
-}
-
 /// Starts the server, unless it runs, and returns the variables that tests find it by.
-pub(crate) fn up() -> Result<Variables> {
+pub(crate) fn up(instance: &Instance) -> Result<Variables> {
     require("the S3 server of the tests", PROGRAMS)?;
-    let service = service()?;
+    let service = service(instance)?;
     if let Some(variables) = service.running() {
         return Ok(variables);
     }
     // What an interrupted run left.
-    down()?;
+    down(instance)?;
     let script = root()?.join("chunkstore/objects/tests/radosgw.sh");
-    service.start(Command::new(script).arg(&service.folder).arg(PORT.to_string()))
+    service.start(Command::new(script).arg(&service.folder).arg(free_ports()?.to_string()))
 }
 
 /// Stops the server and forgets what it stored.
-pub(crate) fn down() -> Result<()> {
-    let service = service()?;
+pub(crate) fn down(instance: &Instance) -> Result<()> {
+    let service = service(instance)?;
     service.stop()?;
     service.forget()
+}
+
+fn service(instance: &Instance) -> Result<Service> {
+    Service::new(instance.name, instance.title, Duration::from_secs(180))
 }

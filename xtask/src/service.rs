@@ -5,9 +5,11 @@
 use std::ffi::OsString;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -18,6 +20,10 @@ pub(crate) type Variables = Vec<(String, String)>;
 /// Servers make sockets some folders below theirs, and the path of one holds 107 bytes. A checkout whose path is longer
 /// has the folder elsewhere.
 const FOLDER_BYTES_MAX: usize = 70;
+
+/// Where servers get their ports: above those that tests choose, below those that the system gives to clients.
+const PORTS: std::ops::Range<u16> = 19_000..23_000;
+const BLOCK: u16 = 20;
 
 /// How long all processes of a killed server may take to go.
 const GONE: Duration = Duration::from_secs(30);
@@ -183,4 +189,25 @@ pub(crate) fn path_with(folder: PathBuf) -> Result<OsString> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::iter::once(folder).chain(std::env::split_paths(&path));
     std::env::join_paths(folders).context("a folder's name has a colon")
+}
+
+/// The first port of a free block that this program has not given yet.
+pub(crate) fn free_ports() -> Result<u16> {
+    static GIVEN: Mutex<Vec<u16>> = Mutex::new(Vec::new());
+    let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let is_free = |port: u16| TcpListener::bind(("127.0.0.1", port)).is_ok();
+    let block = blocks()?
+        .find(|first| !given.contains(first) && (*first..first + BLOCK).all(is_free))
+        .with_context(|| format!("no {BLOCK} free ports side by side in {PORTS:?}"))?;
+    given.push(block);
+    Ok(block)
+}
+
+/// All blocks. Checkouts begin at different ones, for another may be about to use what is still free.
+fn blocks() -> Result<impl Iterator<Item = u16>> {
+    let mut hasher = DefaultHasher::new();
+    root()?.hash(&mut hasher);
+    let count = (PORTS.end - PORTS.start) / BLOCK;
+    let first = (hasher.finish() % u64::from(count)) as u16;
+    Ok((0..count).map(move |n| PORTS.start + (first + n) % count * BLOCK))
 }

@@ -14,13 +14,16 @@ fn image() -> tempfile::TempDir {
     static MADE: OnceLock<PathBuf> = OnceLock::new();
     let files = MADE.get_or_init(|| {
         let xtask = Path::new(env!("CARGO_BIN_EXE_xtask"));
-        let made = Command::new(xtask).arg("image").arg(xtask.parent().unwrap()).output().unwrap();
+        // Not where it is for the cluster, which may be in use.
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("target/image-of-test");
+        let mut make = Command::new(xtask);
+        let made = make.arg("image").arg(xtask.parent().unwrap()).arg(&folder).output().unwrap();
         assert!(
             made.status.success(),
             "programs must be built first, with 'cargo build --workspace': {}",
             String::from_utf8_lossy(&made.stderr)
         );
-        Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("target/image/root")
+        folder.join("root")
     });
     let copy = tempfile::tempdir().unwrap();
     let cp = Command::new("cp").arg("-aT").arg(files).arg(copy.path()).status().unwrap();

@@ -1,0 +1,304 @@
+//! The plan of the test run: what there is to do, what each step needs, and what it is given.
+//!
+//! The suite on the cluster takes longest and mostly waits, so everything else runs beside it. It has an S3 server and
+//! an API server of its own, because it kills them.
+
+use std::collections::BTreeMap;
+use std::process::Command;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use anyhow::{Context, Result, bail};
+
+use crate::outputs::{cargo, cargo_on_all};
+use crate::programs::{self, Built, Program};
+use crate::runner::{Log, Step};
+use crate::service::{Variables, root};
+use crate::{cluster, dependencies, garage, image, layers, outputs, s3, say};
+
+/// Steps that others come after.
+const PACKAGES: &str = "packages";
+const KUBERNETES: &str = "Kubernetes";
+const BUILD: &str = "build, with lints";
+const IMAGE: &str = "image";
+const TRIED: &str = "what tests rely on in the cluster";
+
+/// Those that start servers.
+const S3: &str = "S3 server";
+const S3_OF_CLUSTER: &str = "S3 server of the cluster";
+const GARAGE: &str = "Garage";
+const API_SERVER: &str = "API server";
+const CLUSTER: &str = "cluster";
+
+/// The servers of the suite on the cluster, and of all other tests.
+const OF_CLUSTER: [&str; 2] = [S3_OF_CLUSTER, CLUSTER];
+const OF_ALL: [&str; 3] = [S3, GARAGE, API_SERVER];
+
+/// The suite on the cluster; names of tests are those of [`Program::title`].
+const ON_CLUSTER: &str = "controller e2e";
+
+/// Programs that mostly wait; those that take longest come first.
+const WAITING: [&str; 4] =
+    ["mover agent", "mover s3_outages", "controller dispatch", "controller apiserver"];
+
+/// Programs that fill the buckets of the S3 server's user who has a quota.
+const OF_SMALL_USER: [&str; 4] =
+    ["mover s3", "objects s3_contract", "objects s3_faults", "controller dispatch"];
+
+/// Programs that run once more on stores that are as OBS may be: they ignore that objects be created only if absent.
+const WITHOUT_CONDITIONS: [&str; 10] = [
+    "mover agent",
+    "mover s3_outages",
+    "chunkstore gc",
+    "chunkstore check",
+    "chunkstore fetch",
+    "chunkstore snapshots",
+    "mover copy",
+    "mover damage",
+    "mover restore",
+    "mover s3",
+];
+
+/// But not these tests of them, which only wait, or are the same in both ways.
+const SAME_WITHOUT_CONDITIONS: [&str; 4] = [
+    "away_for_longer",
+    "loses_the_store_for_longer",
+    "outlives_the_death_of_the_server",
+    "where_it_is_ignored",
+];
+
+/// What steps leave for later ones.
+#[derive(Default)]
+struct Found {
+    /// Variables of each server, by the name of the step that started it.
+    servers: Mutex<BTreeMap<&'static str, Variables>>,
+    built: OnceLock<Built>,
+}
+
+impl Found {
+    fn serves(&self, server: &'static str, variables: Variables) {
+        self.servers.lock().unwrap_or_else(PoisonError::into_inner).insert(server, variables);
+    }
+
+    fn variables(&self, servers: &[&str]) -> Variables {
+        let all = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
+        servers.iter().filter_map(|server| all.get(server)).flatten().cloned().collect()
+    }
+
+    fn built(&self) -> Result<&Built> {
+        self.built.get().context("nothing was built")
+    }
+}
+
+/// Runs everything, and installs first what the tests need, if this is wanted.
+pub(crate) fn run(install: bool) -> Result<()> {
+    let root = root()?;
+    let _build = outputs::hold()?;
+    let found = Arc::new(Found::default());
+    let steps = steps(&programs::all()?, install, &found)?;
+    // Stopped whatever becomes of the run.
+    let _servers = Servers;
+    crate::runner::run(steps, &root.join("target/test"))
+}
+
+/// All steps, in the order in which they begin where there is a choice.
+fn steps(tests: &[Program], install: bool, found: &Arc<Found>) -> Result<Vec<Step>> {
+    let mut steps = vec![
+        Step::new("layers", layers::check),
+        Step::new("format", |log| log.run(cargo()?.args(["fmt", "--all", "--check"]))),
+        Step::new("dependencies", dependencies::check),
+        Step::new(PACKAGES, move |log| match install {
+            true => log.run(&mut Command::new(root()?.join("xtask/packages.sh"))),
+            false => Ok(()),
+        }),
+        Step::new(BUILD, with(found, build)).processors(1),
+        Step::new(KUBERNETES, |_| cluster::kubernetes().map(drop)).after(&[PACKAGES]).processors(1),
+        server(found, S3, || s3::up(&s3::FOR_ALL)).after(&[PACKAGES]),
+        server(found, S3_OF_CLUSTER, || s3::up(&s3::FOR_CLUSTER)).after(&[PACKAGES]),
+        Step::new(GARAGE, with(found, garage_up)),
+        server(found, API_SERVER, cluster::apiserver_up).after(&[KUBERNETES]),
+        server(found, CLUSTER, cluster::up).after(&[KUBERNETES]),
+        Step::new(TRIED, cluster::smoke).after(&[CLUSTER]),
+        // What runs in the cluster is what was just built.
+        Step::new(
+            IMAGE,
+            with(found, |found, _| image::build(Some(found.built()?.folder()?), None)),
+        )
+        .after(&[BUILD, PACKAGES]),
+    ];
+    steps.extend(test_steps(tests, found)?);
+    let last = [
+        Step::new("examples in documentation", |log| log.run(cargo_on_all("test")?.arg("--doc"))),
+        Step::new("documentation", |log| {
+            log.run(cargo_on_all("doc")?.arg("--no-deps").env("RUSTDOCFLAGS", "-D warnings"))
+        }),
+        // A workspace of its own, whose outputs stay with the checkout.
+        Step::new("fuzz targets", |log| {
+            log.run(cargo()?.args(["check", "--locked", "--manifest-path", "fuzz/Cargo.toml"]))
+        }),
+    ];
+    steps.extend(last.map(|step| step.after(&[BUILD]).processors(1)));
+    Ok(steps)
+}
+
+/// Each program of tests as a step, and the second runs of those that have one.
+fn test_steps(tests: &[Program], found: &Arc<Found>) -> Result<Vec<Step>> {
+    let titles: Vec<_> = tests.iter().map(Program::title).collect();
+    let named =
+        WAITING.iter().chain(&WITHOUT_CONDITIONS).chain(&OF_SMALL_USER).chain([&ON_CLUSTER]);
+    for name in named {
+        if !titles.iter().any(|title| title == name) {
+            bail!("there are no tests '{name}', which the plan of the test run names");
+        }
+    }
+    let mut steps: Vec<_> = tests.iter().map(|one| test_step(one, found, false)).collect();
+    let again = tests.iter().filter(|one| WITHOUT_CONDITIONS.contains(&one.title().as_str()));
+    steps.extend(again.map(|one| test_step(one, found, true)));
+    // What waits longest begins first.
+    steps.sort_by_key(|(rank, _)| *rank);
+    Ok(steps.into_iter().map(|(_, step)| step).collect())
+}
+
+/// The step, and its place among the tests.
+fn test_step(program: &Program, found: &Arc<Found>, without_conditions: bool) -> (usize, Step) {
+    let title = program.title();
+    let servers: &[&str] = if title == ON_CLUSTER { &OF_CLUSTER } else { &OF_ALL };
+    let name = match without_conditions {
+        true => format!("{title}, conditions ignored"),
+        false => title.clone(),
+    };
+    let work = {
+        let program = program.clone();
+        move |found: &Found, log: &Log| {
+            let mut command = found.built()?.command(&program)?;
+            command.envs(found.variables(servers));
+            if without_conditions {
+                command.env("EBACKUP_TEST_CONDITIONS", "ignored");
+                command.args(SAME_WITHOUT_CONDITIONS.iter().flat_map(|test| ["--skip", test]));
+            }
+            log.run(&mut command)
+        }
+    };
+    let mut step =
+        Step::new(&name, with(found, work)).after(&[BUILD, PACKAGES]).after(servers).holds(&title);
+    if OF_SMALL_USER.contains(&title.as_str()) {
+        step = step.holds("the user with a quota");
+    }
+    if title == ON_CLUSTER {
+        return (0, step.after(&[IMAGE, TRIED]));
+    }
+    match WAITING.iter().position(|name| *name == title) {
+        Some(rank) => (1 + rank, step),
+        None => (usize::MAX, step.processors(1)),
+    }
+}
+
+fn garage_up(found: &Found, log: &Log) -> Result<()> {
+    match garage::up()? {
+        Some(variables) => found.serves(GARAGE, variables),
+        None => log.say("NOT TESTED: Garage, which was not built ('cargo xtask garage build')")?,
+    }
+    Ok(())
+}
+
+/// Compiles everything once, with lints.
+fn build(found: &Found, log: &Log) -> Result<()> {
+    let mut cargo = cargo_on_all("build")?;
+    let messages =
+        log.output(cargo.args(["--all-targets", "--message-format=json-render-diagnostics"]))?;
+    // There is one build.
+    let _first = found.built.set(Built::read(&messages)?);
+    Ok(())
+}
+
+/// Stops the servers of the run.
+struct Servers;
+
+impl Drop for Servers {
+    fn drop(&mut self) {
+        let all: [fn() -> Result<()>; 5] = [
+            cluster::down,
+            cluster::apiserver_down,
+            garage::down,
+            || s3::down(&s3::FOR_CLUSTER),
+            || s3::down(&s3::FOR_ALL),
+        ];
+        for down in all {
+            if let Err(error) = down() {
+                say(&format!("xtask: {error:#}"));
+            }
+        }
+    }
+}
+
+/// Work that takes or leaves something that is found.
+fn with(
+    found: &Arc<Found>,
+    work: impl FnOnce(&Found, &Log) -> Result<()> + Send + 'static,
+) -> impl FnOnce(&Log) -> Result<()> + Send + 'static {
+    let found = Arc::clone(found);
+    move |log| work(&found, log)
+}
+
+/// A step that starts a server.
+fn server(
+    found: &Arc<Found>,
+    name: &'static str,
+    up: impl FnOnce() -> Result<Variables> + Send + 'static,
+) -> Step {
+    Step::new(
+        name,
+        with(found, move |found, _| {
+            found.serves(name, up()?);
+            Ok(())
+        }),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::schedule::Schedule;
+
+    fn planned() -> Result<(Vec<Program>, Vec<Step>)> {
+        let tests = programs::all()?;
+        let steps = steps(&tests, true, &Arc::default())?;
+        Ok((tests, steps))
+    }
+
+    #[test]
+    fn every_program_of_tests_in_the_workspace_is_a_step() -> Result<()> {
+        let (tests, steps) = planned()?;
+        assert!(tests.len() > 30, "{tests:?}");
+        for test in tests {
+            let of_it: Vec<_> =
+                steps.iter().filter(|step| step.needs.name == test.title()).collect();
+            assert_eq!(of_it.len(), 1, "{}", test.title());
+            assert!(of_it[0].needs.after.iter().any(|name| name == BUILD), "{}", test.title());
+        }
+        for again in WITHOUT_CONDITIONS {
+            let name = format!("{again}, conditions ignored");
+            assert!(steps.iter().any(|step| step.needs.name == name), "{name}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn every_step_of_the_plan_can_begin() -> Result<()> {
+        let (_, steps) = planned()?;
+        let mut schedule = Schedule::new(steps.into_iter().map(|step| step.needs).collect(), 2)?;
+        while let Some(step) = schedule.begin() {
+            schedule.end(step, true);
+        }
+        assert!(schedule.is_done());
+        Ok(())
+    }
+
+    #[test]
+    fn a_test_that_the_plan_names_and_nobody_has_is_an_error() -> Result<()> {
+        let (mut tests, _) = planned()?;
+        tests.retain(|test| test.title() != "chunkstore gc");
+        let error = steps(&tests, true, &Arc::default()).err().context("it is refused")?;
+        assert!(error.to_string().contains("chunkstore gc"), "{error}");
+        Ok(())
+    }
+}
