@@ -5,20 +5,22 @@
 
 use std::collections::BTreeMap;
 use std::process::Command;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
 
 use crate::outputs::{cargo, cargo_on_all};
 use crate::programs::{self, Built, Program};
-use crate::runner::{Log, Step};
+use crate::runner::{ALL, Log, Step};
 use crate::service::{Variables, root};
 use crate::{cluster, dependencies, garage, image, layers, outputs, s3, say};
 
 /// Steps that others come after.
 const PACKAGES: &str = "packages";
 const KUBERNETES: &str = "Kubernetes";
-const BUILD: &str = "build, with lints";
+/// What the suite on the cluster needs, which begins while the rest is compiled.
+const BUILD_FIRST: &str = "build of the programs, with lints";
+const BUILD: &str = "build of all, with lints";
 const IMAGE: &str = "image";
 const TRIED: &str = "what tests rely on in the cluster";
 
@@ -36,9 +38,9 @@ const OF_ALL: [&str; 3] = [S3, GARAGE, API_SERVER];
 /// The suite on the cluster; names of tests are those of [`Program::title`].
 const ON_CLUSTER: &str = "controller e2e";
 
-/// Programs that mostly wait; those that take longest come first.
-const WAITING: [&str; 4] =
-    ["mover agent", "mover s3_outages", "controller dispatch", "controller apiserver"];
+/// Programs that mostly wait, in rows of which one runs at a time: beside each other, and beside one that computes.
+const ROWS: [&[&str]; 2] =
+    [&["mover agent"], &["mover s3_outages", "controller dispatch", "controller apiserver"]];
 
 /// Programs that fill the buckets of the S3 server's user who has a quota.
 const OF_SMALL_USER: [&str; 4] =
@@ -71,7 +73,7 @@ const SAME_WITHOUT_CONDITIONS: [&str; 4] = [
 struct Found {
     /// Variables of each server, by the name of the step that started it.
     servers: Mutex<BTreeMap<&'static str, Variables>>,
-    built: OnceLock<Built>,
+    built: Mutex<Built>,
 }
 
 impl Found {
@@ -84,8 +86,8 @@ impl Found {
         servers.iter().filter_map(|server| all.get(server)).flatten().cloned().collect()
     }
 
-    fn built(&self) -> Result<&Built> {
-        self.built.get().context("nothing was built")
+    fn built(&self) -> MutexGuard<'_, Built> {
+        self.built.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -110,7 +112,14 @@ fn steps(tests: &[Program], install: bool, found: &Arc<Found>) -> Result<Vec<Ste
             true => log.run(&mut Command::new(root()?.join("xtask/packages.sh"))),
             false => Ok(()),
         }),
-        Step::new(BUILD, with(found, build)).processors(1),
+        Step::new(
+            BUILD_FIRST,
+            with(found, |found, log| build(found, log, &["--bins", "--test=e2e"])),
+        )
+        .processors(1),
+        Step::new(BUILD, with(found, |found, log| build(found, log, &["--all-targets"])))
+            .after(&[BUILD_FIRST])
+            .processors(1),
         Step::new(KUBERNETES, |_| cluster::kubernetes().map(drop)).after(&[PACKAGES]).processors(1),
         server(found, S3, || s3::up(&s3::FOR_ALL)).after(&[PACKAGES]),
         server(found, S3_OF_CLUSTER, || s3::up(&s3::FOR_CLUSTER)).after(&[PACKAGES]),
@@ -119,11 +128,8 @@ fn steps(tests: &[Program], install: bool, found: &Arc<Found>) -> Result<Vec<Ste
         server(found, CLUSTER, cluster::up).after(&[KUBERNETES]),
         Step::new(TRIED, cluster::smoke).after(&[CLUSTER]),
         // What runs in the cluster is what was just built.
-        Step::new(
-            IMAGE,
-            with(found, |found, _| image::build(Some(found.built()?.folder()?), None)),
-        )
-        .after(&[BUILD, PACKAGES]),
+        Step::new(IMAGE, with(found, |found, _| image::build(Some(found.built().folder()?), None)))
+            .after(&[BUILD_FIRST, PACKAGES]),
     ];
     steps.extend(test_steps(tests, found)?);
     let last = [
@@ -136,15 +142,20 @@ fn steps(tests: &[Program], install: bool, found: &Arc<Found>) -> Result<Vec<Ste
             log.run(cargo()?.args(["check", "--locked", "--manifest-path", "fuzz/Cargo.toml"]))
         }),
     ];
-    steps.extend(last.map(|step| step.after(&[BUILD]).processors(1)));
+    steps.extend(last.map(|step| step.after(&[BUILD]).processors(ALL)));
     Ok(steps)
 }
 
 /// Each program of tests as a step, and the second runs of those that have one.
 fn test_steps(tests: &[Program], found: &Arc<Found>) -> Result<Vec<Step>> {
     let titles: Vec<_> = tests.iter().map(Program::title).collect();
-    let named =
-        WAITING.iter().chain(&WITHOUT_CONDITIONS).chain(&OF_SMALL_USER).chain([&ON_CLUSTER]);
+    let named = ROWS
+        .iter()
+        .copied()
+        .flatten()
+        .chain(&WITHOUT_CONDITIONS)
+        .chain(&OF_SMALL_USER)
+        .chain([&ON_CLUSTER]);
     for name in named {
         if !titles.iter().any(|title| title == name) {
             bail!("there are no tests '{name}', which the plan of the test run names");
@@ -153,7 +164,7 @@ fn test_steps(tests: &[Program], found: &Arc<Found>) -> Result<Vec<Step>> {
     let mut steps: Vec<_> = tests.iter().map(|one| test_step(one, found, false)).collect();
     let again = tests.iter().filter(|one| WITHOUT_CONDITIONS.contains(&one.title().as_str()));
     steps.extend(again.map(|one| test_step(one, found, true)));
-    // What waits longest begins first.
+    // What takes longest begins first.
     steps.sort_by_key(|(rank, _)| *rank);
     Ok(steps.into_iter().map(|(_, step)| step).collect())
 }
@@ -169,7 +180,7 @@ fn test_step(program: &Program, found: &Arc<Found>, without_conditions: bool) ->
     let work = {
         let program = program.clone();
         move |found: &Found, log: &Log| {
-            let mut command = found.built()?.command(&program)?;
+            let mut command = found.built().command(&program)?;
             command.envs(found.variables(servers));
             if without_conditions {
                 command.env("EBACKUP_TEST_CONDITIONS", "ignored");
@@ -186,9 +197,10 @@ fn test_step(program: &Program, found: &Arc<Found>, without_conditions: bool) ->
     if title == ON_CLUSTER {
         return (0, step.after(&[IMAGE, TRIED]));
     }
-    match WAITING.iter().position(|name| *name == title) {
-        Some(rank) => (1 + rank, step),
-        None => (usize::MAX, step.processors(1)),
+    match ROWS.iter().find(|row| row.contains(&title.as_str())) {
+        Some(row) => (1, step.holds(row[0])),
+        // It has as many threads as there are processors.
+        None => (2, step.processors(ALL)),
     }
 }
 
@@ -200,14 +212,11 @@ fn garage_up(found: &Found, log: &Log) -> Result<()> {
     Ok(())
 }
 
-/// Compiles everything once, with lints.
-fn build(found: &Found, log: &Log) -> Result<()> {
+/// Compiles with lints.
+fn build(found: &Found, log: &Log, what: &[&str]) -> Result<()> {
     let mut cargo = cargo_on_all("build")?;
-    let messages =
-        log.output(cargo.args(["--all-targets", "--message-format=json-render-diagnostics"]))?;
-    // There is one build.
-    let _first = found.built.set(Built::read(&messages)?);
-    Ok(())
+    let messages = log.output(cargo.args(what).arg("--message-format=json-render-diagnostics"))?;
+    found.built().read(&messages)
 }
 
 /// Stops the servers of the run.
@@ -273,7 +282,12 @@ mod tests {
             let of_it: Vec<_> =
                 steps.iter().filter(|step| step.needs.name == test.title()).collect();
             assert_eq!(of_it.len(), 1, "{}", test.title());
-            assert!(of_it[0].needs.after.iter().any(|name| name == BUILD), "{}", test.title());
+            let after = &of_it[0].needs.after;
+            assert!(
+                after.iter().any(|name| name == BUILD || name == BUILD_FIRST),
+                "{}",
+                test.title()
+            );
         }
         for again in WITHOUT_CONDITIONS {
             let name = format!("{again}, conditions ignored");

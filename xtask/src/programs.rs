@@ -69,9 +69,8 @@ pub(crate) struct Built {
 }
 
 impl Built {
-    /// Reads what `cargo build --message-format=json` printed.
-    pub(crate) fn read(messages: &str) -> Result<Self> {
-        let mut built = Self::default();
+    /// Adds what `cargo build --message-format=json` printed.
+    pub(crate) fn read(&mut self, messages: &str) -> Result<()> {
         for line in messages.lines().filter(|line| line.starts_with('{')) {
             let message: Value = serde_json::from_str(line)?;
             let Some(executable) = message["executable"].as_str() else { continue };
@@ -81,12 +80,12 @@ impl Built {
             let (kind, name) = (text(&target["kind"][0])?, text(&target["name"])?);
             if message["profile"]["test"] == true {
                 let key = (folder, kind.to_owned(), name.to_owned());
-                built.tests.insert(key, executable.into());
+                self.tests.insert(key, executable.into());
             } else if kind == "bin" {
-                built.folder = Path::new(executable).parent().map(Path::to_owned);
+                self.folder = Path::new(executable).parent().map(Path::to_owned);
             }
         }
-        Ok(built)
+        Ok(())
     }
 
     /// The folder of the programs that are not tests.
@@ -170,7 +169,8 @@ mod tests {
             json!({ "reason": "build-finished", "success": true }),
         ];
         let text = messages.map(|one| one.to_string()).join("\n");
-        let built = Built::read(&text)?;
+        let mut built = Built::default();
+        built.read(&text)?;
         let command = built.command(&program("test", "restore"))?;
         assert_eq!(command.get_program(), "/cache/deps/restore-1");
         assert_eq!(command.get_current_dir(), Some(Path::new("/ws/mover")));

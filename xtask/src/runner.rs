@@ -15,6 +15,9 @@ use anyhow::{Context, Result, bail};
 use crate::say;
 use crate::schedule::{Needs, Schedule, State};
 
+/// As many processors as there are.
+pub(crate) const ALL: usize = usize::MAX;
+
 type Work = Box<dyn FnOnce(&Log) -> Result<()> + Send>;
 
 /// One thing to do.

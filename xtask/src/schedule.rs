@@ -60,8 +60,9 @@ impl Schedule {
         let busy: usize = running().map(|step| step.processors).sum();
         let may_begin = |(step, state): &(Needs, State)| {
             // One that wants more than there are gets all of them.
-            let has_room =
-                step.processors == 0 || busy == 0 || busy + step.processors <= self.processors;
+            let has_room = step.processors == 0
+                || busy == 0
+                || busy.saturating_add(step.processors) <= self.processors;
             let is_free = |what: &String| !running().any(|other| other.holds.contains(what));
             let is_next = step.after.iter().all(|name| self.state(name) == State::Succeeded);
             *state == State::Waits && has_room && step.holds.iter().all(is_free) && is_next
@@ -164,8 +165,8 @@ mod tests {
     }
 
     #[test]
-    fn a_step_that_wants_more_processors_than_there_are_runs_alone() {
-        let mut schedule = schedule(&[("all", &[], 16), ("one", &[], 1)]);
+    fn a_step_that_wants_all_processors_runs_beside_none_that_wants_one() {
+        let mut schedule = schedule(&[("all", &[], usize::MAX), ("one", &[], 1)]);
         assert_eq!(begun(&mut schedule), [0]);
         schedule.end(0, true);
         assert_eq!(begun(&mut schedule), [1]);
