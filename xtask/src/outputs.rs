@@ -9,7 +9,6 @@ use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 
@@ -57,21 +56,29 @@ pub(crate) fn hold() -> Result<File> {
     let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
     if is_ours() && bytes(&folder)? > BYTES_MAX && file.try_lock().is_ok() {
         say(&format!("== removing what checkouts left in {}", folder.display()));
-        let mut clean = cargo()?;
-        clean.args(["clean", "--quiet", "--workspace"]).env("CARGO_BUILD_BUILD_DIR", &folder);
-        let status = clean.status().context("cannot run 'cargo clean'")?;
-        if !status.success() {
-            bail!("cargo clean: {status}");
-        }
-        // Old versions of other crates.
-        if bytes(&folder)? > BYTES_MAX / 2 {
-            let removed = fs::remove_dir_all(&folder);
-            removed.with_context(|| format!("cannot remove {}", folder.display()))?;
-        }
+        trim(&folder, BYTES_MAX)?;
         file.unlock()?;
     }
     file.lock_shared().with_context(|| format!("cannot lock {}", path.display()))?;
     Ok(file)
+}
+
+/// Removes what was built of our own crates, by all checkouts; then all, if what is left is more than half of `most`:
+/// old versions of other crates.
+fn trim(folder: &Path, most: u64) -> Result<()> {
+    let mut clean = cargo()?;
+    clean.args(["clean", "--quiet", "--workspace"]);
+    // Both, for the programs in this checkout's `target` stay.
+    let status = clean.envs(CHOSEN.map(|name| (name, folder))).status();
+    let status = status.context("cannot run 'cargo clean'")?;
+    if !status.success() {
+        bail!("cargo clean: {status}");
+    }
+    if bytes(folder)? > most / 2 {
+        fs::remove_dir_all(folder)
+            .with_context(|| format!("cannot remove {}", folder.display()))?;
+    }
+    Ok(())
 }
 
 /// The checkout's own compiler, made if this is its first run. Its name is fresh, because a new checkout may lie where
@@ -89,9 +96,9 @@ fn compiler(target: &Path) -> Result<PathBuf> {
             return Ok(path);
         }
     }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos();
-    let path = target.join(format!("{BEGINNING}{now:x}"));
-    let part = target.join(format!("new-{BEGINNING}{now:x}"));
+    let random = fs::read_to_string("/proc/sys/kernel/random/uuid").context("no random number")?;
+    let path = target.join(format!("{BEGINNING}{}", random.trim()));
+    let part = target.join(format!("new-{BEGINNING}{}", random.trim()));
     let made = fs::write(&part, COMPILER)
         .and_then(|()| fs::set_permissions(&part, fs::Permissions::from_mode(0o755)))
         .and_then(|()| fs::rename(&part, &path));
@@ -127,6 +134,8 @@ fn bytes(folder: &Path) -> Result<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, SystemTime};
+
     use super::*;
 
     /// A workspace of one crate, whose test says `content`.
@@ -143,7 +152,7 @@ mod tests {
             format!("const CONTENT: &str = \"{content}\";\n{test}"),
         )?;
         // As when an archive is unpacked: all files are older than what was built of others.
-        let old = SystemTime::now() - std::time::Duration::from_secs(1_000_000);
+        let old = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
         for file in ["Cargo.toml", "src/main.rs", "tests/says.rs"] {
             File::options().append(true).open(folder.join(file))?.set_modified(old)?;
         }
@@ -179,6 +188,31 @@ mod tests {
             let program = folder.join("target/debug/one");
             assert!(said.contains(&format!("{content} of {}", program.display())), "{said}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn what_grew_too_large_loses_our_crates_first() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let deps = folder.path().join("debug/deps");
+        fs::create_dir_all(&deps)?;
+        // As Cargo marks its folders.
+        fs::write(
+            folder.path().join("CACHEDIR.TAG"),
+            "Signature: 8a477f597d28d172789f06886806bc55",
+        )?;
+        // Of two checkouts.
+        let ours =
+            ["e2e-0123456789abcdef", "e2e-fedcba9876543210", "libmover-0123456789abcdef.rlib"];
+        let others = deps.join("libserde-0123456789abcdef.rlib");
+        for path in ours.iter().map(|name| deps.join(name)).chain([others.clone()]) {
+            fs::write(path, [0; 1000])?;
+        }
+        trim(folder.path(), 100_000)?;
+        assert!(ours.iter().all(|name| !deps.join(name).exists()), "{:?}", fs::read_dir(&deps)?);
+        assert!(others.exists());
+        trim(folder.path(), 1500)?;
+        assert!(!others.exists());
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use crate::outputs::{cargo, cargo_on_all};
 use crate::programs::{self, Built, Program};
@@ -265,6 +265,8 @@ fn server(
 
 #[cfg(test)]
 mod tests {
+    use anyhow::Context;
+
     use super::*;
     use crate::schedule::Schedule;
 
