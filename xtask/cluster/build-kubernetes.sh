@@ -52,7 +52,7 @@ mkdir "$work/tmp"
 export TMPDIR="$work/tmp" GOCACHE="$work/gocache"
 export GOPATH="$work/tree/.go" CGO_ENABLED=0 GO111MODULE=off
 # shellcheck disable=SC2086 # a list of programs
-nice -n 10 make GOLDFLAGS='-s -w' WHAT="$(printf 'cmd/%s ' $programs)"
+make GOLDFLAGS='-s -w' WHAT="$(printf 'cmd/%s ' $programs)"
 
 for program in $programs; do
   cp "_output/local/go/bin/$program" "$work/"

@@ -4,10 +4,12 @@
 //! an API server of its own, because it kills them.
 
 use std::collections::BTreeMap;
+use std::fs::{self, File, TryLockError};
+use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use crate::outputs::{cargo, cargo_on_all};
 use crate::programs::{self, Built, Program};
@@ -93,13 +95,30 @@ impl Found {
 
 /// Runs everything, and installs first what the tests need, if this is wanted.
 pub(crate) fn run(install: bool) -> Result<()> {
-    let root = root()?;
-    let _build = outputs::hold()?;
+    let target = root()?.join("target");
+    let _here = alone(&target)?;
+    let _outputs = outputs::hold()?;
     let found = Arc::new(Found::default());
     let steps = steps(&programs::all()?, install, &found)?;
     // Stopped whatever becomes of the run.
     let _servers = Servers;
-    crate::runner::run(steps, &root.join("target/test"))
+    crate::runner::run(steps, &target.join("test"))
+}
+
+/// Keeps another run out of this checkout as long as the file is there.
+fn alone(target: &Path) -> Result<File> {
+    fs::create_dir_all(target).with_context(|| format!("cannot make {}", target.display()))?;
+    let path = target.join("test.lock");
+    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => bail!(
+            "the tests run in this checkout already: wait for them, or test in another checkout"
+        ),
+        Err(TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("cannot lock {}", path.display()))
+        }
+    }
 }
 
 /// All steps, in the order in which they begin where there is a choice.
@@ -127,9 +146,7 @@ fn steps(tests: &[Program], install: bool, found: &Arc<Found>) -> Result<Vec<Ste
         server(found, API_SERVER, cluster::apiserver_up).after(&[KUBERNETES]),
         server(found, CLUSTER, cluster::up).after(&[KUBERNETES]),
         Step::new(TRIED, cluster::smoke).after(&[CLUSTER]),
-        // What runs in the cluster is what was just built.
-        Step::new(IMAGE, with(found, |found, _| image::build(Some(found.built().folder()?), None)))
-            .after(&[BUILD_FIRST, PACKAGES]),
+        Step::new(IMAGE, with(found, image_of_built)).after(&[BUILD_FIRST, PACKAGES]),
     ];
     steps.extend(test_steps(tests, found)?);
     let last = [
@@ -204,6 +221,12 @@ fn test_step(program: &Program, found: &Arc<Found>, without_conditions: bool) ->
     }
 }
 
+/// What runs in the cluster is what was just built.
+fn image_of_built(found: &Found, _: &Log) -> Result<()> {
+    let built = found.built().folder()?.to_owned();
+    image::build(Some(&built), None)
+}
+
 fn garage_up(found: &Found, log: &Log) -> Result<()> {
     match garage::up()? {
         Some(variables) => found.serves(GARAGE, variables),
@@ -265,8 +288,6 @@ fn server(
 
 #[cfg(test)]
 mod tests {
-    use anyhow::Context;
-
     use super::*;
     use crate::schedule::Schedule;
 
@@ -295,6 +316,16 @@ mod tests {
             let name = format!("{again}, conditions ignored");
             assert!(steps.iter().any(|step| step.needs.name == name), "{name}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn a_checkout_runs_its_tests_once_at_a_time() -> Result<()> {
+        let target = tempfile::tempdir()?;
+        let first = alone(target.path())?;
+        assert!(alone(target.path()).is_err());
+        drop(first);
+        alone(target.path())?;
         Ok(())
     }
 
