@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use crate::say;
 use crate::service::{cache, root};
 
-/// Each checkout leaves its crates and tests, some 5 GiB; all others together are 2 GiB.
+/// Each checkout leaves its crates and tests, some 3 GiB; all other crates together are 2 GiB.
 const BYTES_MAX: u64 = 24 << 30;
 
 /// Variables of who has chosen where outputs go.
