@@ -31,16 +31,24 @@ pub(crate) fn cargo() -> Result<Command> {
     Ok(cargo)
 }
 
-/// Cargo on all crates of the workspace with all features, so that every step compiles dependencies alike. It fails
-/// with what Clippy has to say of our own: they are compiled once for the lints and for the tests.
+/// Cargo on all crates of the workspace with all features. It fails with what Clippy has to say of our own: they are
+/// compiled once for the lints and for the tests.
+pub(crate) fn cargo_with_lints(subcommand: &str) -> Result<Command> {
+    let mut cargo = cargo_on_all(subcommand)?;
+    // As 'cargo clippy -- -D warnings' passes them on.
+    cargo
+        .arg("--all-features")
+        .env("CLIPPY_ARGS", "-D__CLIPPY_HACKERY__warnings__CLIPPY_HACKERY__");
+    Ok(cargo)
+}
+
+/// Cargo on all crates of the workspace.
 pub(crate) fn cargo_on_all(subcommand: &str) -> Result<Command> {
     let mut cargo = cargo()?;
-    cargo.args([subcommand, "--workspace", "--all-features", "--locked"]);
+    cargo.args([subcommand, "--workspace", "--locked"]);
     // What it saves when a file is edited, it costs in a fresh checkout, and it fills the disk.
     cargo.env("CARGO_INCREMENTAL", "0");
     cargo.env("RUSTC_WORKSPACE_WRAPPER", compiler(&root()?.join("target"))?);
-    // As 'cargo clippy -- -D warnings' passes them on.
-    cargo.env("CLIPPY_ARGS", "-D__CLIPPY_HACKERY__warnings__CLIPPY_HACKERY__");
     if is_ours() {
         cargo.env("CARGO_BUILD_BUILD_DIR", folder()?);
     }

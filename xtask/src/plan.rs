@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
 
-use crate::outputs::{cargo, cargo_on_all};
+use crate::outputs::{cargo, cargo_on_all, cargo_with_lints};
 use crate::programs::{self, Built, Program};
 use crate::runner::{ALL, Log, Step};
 use crate::service::{Variables, root};
@@ -150,7 +150,9 @@ fn steps(tests: &[Program], install: bool, found: &Arc<Found>) -> Result<Vec<Ste
     ];
     steps.extend(test_steps(tests, found)?);
     let last = [
-        Step::new("examples in documentation", |log| log.run(cargo_on_all("test")?.arg("--doc"))),
+        Step::new("examples in documentation", |log| {
+            log.run(cargo_with_lints("test")?.arg("--doc"))
+        }),
         Step::new("documentation", |log| {
             log.run(cargo_on_all("doc")?.arg("--no-deps").env("RUSTDOCFLAGS", "-D warnings"))
         }),
@@ -237,7 +239,7 @@ fn garage_up(found: &Found, log: &Log) -> Result<()> {
 
 /// Compiles with lints.
 fn build(found: &Found, log: &Log, what: &[&str]) -> Result<()> {
-    let mut cargo = cargo_on_all("build")?;
+    let mut cargo = cargo_with_lints("build")?;
     let messages = log.output(cargo.args(what).arg("--message-format=json-render-diagnostics"))?;
     found.built().read(&messages)
 }
