@@ -28,11 +28,11 @@ k create namespace smoke >/dev/null
 until k -n smoke get serviceaccount default >/dev/null 2>&1; do sleep 0.2; done
 sed -e "s|VOLUME|$volume|" -e "s|KUBELET|$EBACKUP_TEST_KUBELET_ROOT|" "$(dirname "$0")/smoke.yaml" |
   k apply --server-side -f - >/dev/null
-k -n smoke rollout status daemonset/agent --timeout=60s >/dev/null
+k -n smoke rollout status daemonset/agent --timeout=300s >/dev/null
 # The agent runs, and reaches the API server by its service address.
 k -n smoke scale statefulset/stateful --replicas=1 >/dev/null
-k -n smoke rollout status deployment/deployment --timeout=60s >/dev/null
-k -n smoke rollout status statefulset/stateful --timeout=60s >/dev/null
+k -n smoke rollout status deployment/deployment --timeout=300s >/dev/null
+k -n smoke rollout status statefulset/stateful --timeout=300s >/dev/null
 ok 'a DaemonSet, a Deployment and a StatefulSet run, service addresses too'
 
 pod() { # LABEL

@@ -10,12 +10,11 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
 use crate::runner::Log;
-use crate::service::{Service, Variables, cache, free_ports, path_with, require, root};
+use crate::service::{READY, Service, Variables, cache, free_ports, path_with, require, root};
 
 /// What `build-kubernetes.sh` builds.
 const KUBERNETES: [&str; 5] =
@@ -72,7 +71,7 @@ pub(crate) fn apiserver_down() -> Result<()> {
 }
 
 fn apiserver() -> Result<Service> {
-    Service::new("apiserver", "an API server of Kubernetes", Duration::from_secs(60))
+    Service::new("apiserver", "an API server of Kubernetes", READY)
 }
 
 /// Starts the cluster, unless it runs, and returns the variables that tests find it by.
@@ -137,7 +136,7 @@ fn clean(service: &Service, port: &str) -> Result<()> {
 }
 
 fn cluster() -> Result<Service> {
-    Service::new("cluster", "a Kubernetes cluster of one node", Duration::from_secs(180))
+    Service::new("cluster", "a Kubernetes cluster of one node", READY)
 }
 
 /// A server somebody else provides.

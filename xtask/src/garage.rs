@@ -4,11 +4,10 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::service::{Service, Variables, cache, free_ports, path_with, root};
+use crate::service::{READY, Service, Variables, cache, free_ports, path_with, root};
 
 const VERSION: &str = "2.5.0";
 
@@ -59,7 +58,7 @@ pub(crate) fn down() -> Result<()> {
 }
 
 fn service() -> Result<Service> {
-    Service::new("garage", "a second S3 server, Garage", Duration::from_secs(60))
+    Service::new("garage", "a second S3 server, Garage", READY)
 }
 
 fn folder() -> Result<PathBuf> {

@@ -1,11 +1,10 @@
 //! The S3 server of the tests: Ceph's object gateway, run by `radosgw.sh`.
 
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::service::{Service, Variables, free_ports, require, root};
+use crate::service::{READY, Service, Variables, free_ports, require, root};
 
 /// One server.
 pub(crate) struct Instance {
@@ -51,5 +50,5 @@ pub(crate) fn down(instance: &Instance) -> Result<()> {
 }
 
 fn service(instance: &Instance) -> Result<Service> {
-    Service::new(instance.name, instance.title, Duration::from_secs(180))
+    Service::new(instance.name, instance.title, READY)
 }

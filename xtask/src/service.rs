@@ -25,6 +25,9 @@ const FOLDER_BYTES_MAX: usize = 70;
 const PORTS: std::ops::Range<u16> = 19_000..23_000;
 const BLOCK: u16 = 20;
 
+/// How long a server may take until it answers: its programs start beside compilers and each other.
+pub(crate) const READY: Duration = Duration::from_secs(300);
+
 /// How long all processes of a killed server may take to go.
 const GONE: Duration = Duration::from_secs(30);
 
