@@ -5,7 +5,8 @@
 //! back as a `Note`. At most one change of an object's status is on its way, and an outcome is said to be
 //! recorded only after its status was written; so nothing is lost when any part fails.
 //!
-//! * `object`, `job`: what to do about one volume; `inspect`: where it is; `volumes` carries it out
+//! * `object`, `job`: what to do about one volume; `inspect`: where it is; `outcome`: what came of it; `volumes`
+//!   carries it out
 //! * `places`: locations and their repositories, decided by `location` and `maintenance`
 //! * `write`: changes of status, repeated until they are made
 
@@ -37,6 +38,7 @@ use crate::queue::{self, Limits, Turns};
 pub mod inspect;
 pub mod job;
 pub mod object;
+pub mod outcome;
 mod places;
 mod volumes;
 pub mod write;

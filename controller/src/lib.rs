@@ -30,5 +30,6 @@ pub mod metrics;
 pub mod queue;
 pub mod run;
 pub mod telemetry;
+pub mod text;
 pub mod transport;
 pub mod volume;

@@ -132,6 +132,12 @@ pub struct Metrics {
     pub dedup_ratio: Gauge<f64, AtomicU64>,
     /// Bytes that restores wrote.
     pub restored: Counter,
+    /// Files that backups could not read to their end.
+    pub files_missing: Counter,
+    /// Files that changed while they were saved.
+    pub files_changed: Counter,
+    /// Files that vanished before they were saved.
+    pub files_vanished: Counter,
     /// Locations: 1 when available, else 0.
     pub location_available: Family<ByLocation, Gauge>,
 }
@@ -152,6 +158,9 @@ impl Default for Metrics {
             stored: Counter::default(),
             dedup_ratio: Gauge::default(),
             restored: Counter::default(),
+            files_missing: Counter::default(),
+            files_changed: Counter::default(),
+            files_vanished: Counter::default(),
             location_available: Family::default(),
         };
         metrics.dedup_ratio.set(f64::NAN);
@@ -178,6 +187,12 @@ impl Metrics {
         bytes("read", "Bytes of them that had to be read", &self.read);
         bytes("stored", "Bytes that backups added to repositories", &self.stored);
         bytes("restored", "Bytes written to volumes", &self.restored);
+        let mut files = |name: &str, help: &str, counter: &Counter| {
+            all.register(name, help, counter.clone());
+        };
+        files("files_missing", "Files that backups could not read to the end", &self.files_missing);
+        files("files_changed", "Files that changed while they were saved", &self.files_changed);
+        files("files_vanished", "Files that vanished before they were saved", &self.files_vanished);
         let ratio = self.dedup_ratio.clone();
         all.register("dedup_ratio", "Bytes saved for each byte stored, since the start", ratio);
         let available = self.location_available.clone();
@@ -213,7 +228,11 @@ impl Metrics {
                 if self.stored.get() > 0 {
                     self.dedup_ratio.set(self.saved.get() as f64 / self.stored.get() as f64);
                 }
-                Outcome::Completed
+                self.files_missing.inc_by(finished.missing);
+                self.files_changed.inc_by(finished.changed);
+                self.files_vanished.inc_by(finished.vanished);
+                // What lacks files is not done.
+                if finished.missing > 0 { Outcome::Failed } else { Outcome::Completed }
             }
             Some(Said::Restored(restored)) => {
                 self.restored.inc_by(restored.bytes_written);
@@ -279,6 +298,15 @@ mod tests {
             let line = format!("ebackup_dedup_ratio {ratio}\n");
             assert!(metrics.text().unwrap().contains(&line), "{line}");
         }
+        let saved = proto::v1::finished::Outcome::Saved(proto::v1::Saved::default());
+        let incomplete = Finished {
+            outcome: Some(saved),
+            missing: 1,
+            changed: 2,
+            vanished: 3,
+            ..Default::default()
+        };
+        metrics.finished(JobKind::Backup, &incomplete);
         metrics.location("default", true);
         metrics.location("gone", false);
         metrics.forget_location("gone");
@@ -288,6 +316,10 @@ mod tests {
             "ebackup_agents_connected 2",
             "ebackup_refused_total{reason=\"NotAnAgent\"} 1",
             "ebackup_jobs_ended_total{kind=\"Backup\",outcome=\"Completed\"} 2",
+            "ebackup_jobs_ended_total{kind=\"Backup\",outcome=\"Failed\"} 1",
+            "ebackup_files_missing_total 1",
+            "ebackup_files_changed_total 2",
+            "ebackup_files_vanished_total 3",
             "ebackup_failures_total{kind=\"StoreDenied\"} 1",
             "ebackup_jobs{kind=\"Restore\",stage=\"Waiting\"} 3",
             "ebackup_saved_bytes_total 160",

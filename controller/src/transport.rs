@@ -2,11 +2,13 @@
 //!
 //! ```text
 //! connection ── lobby: few, and not for long ── TLS ── token ── Hello ── agents::join ── pump both ways
+//!                                                             bounds: nothing that is said is long
 //! ```
 //! Whoever connects has a bounded time to prove that it is an agent, and few may try at once (`lobby`). After that
 //! the stream is one of its node's; it ends when either side is silent, the token expires, a newer one takes over, or
 //! the program ends.
 
+mod bounds;
 mod lobby;
 mod stream;
 

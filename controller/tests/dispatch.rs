@@ -19,6 +19,7 @@ use k8s_openapi::api::core::v1::{Event, Secret};
 use kube::ResourceExt;
 use kube::api::{DeleteParams, ListParams};
 use objects::testing::server::{SMALL_KEY, SMALL_USER, fresh};
+use proto::v1::Finished;
 use serde_json::json;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -35,6 +36,7 @@ async fn the_definitions_are_accepted_and_all_fields_survive() {
         "startTimestamp": "2026-01-02T03:04:05Z", "acceptedTimestamp": "2026-01-02T03:04:05Z",
         "completionTimestamp": "2026-01-02T03:04:05Z", "incrementalBytes": 9_000_000_000_u64,
         "progress": {"totalBytes": 9_000_000_000_u64, "bytesDone": 1}, "warnings": 3,
+        "filesMissing": 1, "filesChanged": 1, "filesVanished": 1,
     });
     let made: PodVolumeBackup = world
         .create(json!({"apiVersion": "velero.io/v1", "kind": "PodVolumeBackup",
@@ -329,6 +331,53 @@ async fn an_outcome_that_is_said_again_is_recorded_again() {
     fleet.until("that what nobody knows is forgotten", unknown).await;
     let now = world.api::<PodVolumeBackup>().get("b").await.unwrap();
     assert_eq!(now.resource_version(), done.resource_version(), "nothing was written again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_of_which_files_could_not_be_read_is_not_completed_and_keeps_its_snapshot() {
+    let world = World::new("incomplete").await;
+    world.good_location().await;
+    let dispatcher = world.dispatch(Settings::default());
+    let fleet = Fleet::new(true);
+    let agent = fleet.join(&dispatcher, "n1").await;
+    let pod = world.pod("p", "n1").await;
+    let said = |job: &str, missing| Finished {
+        missing,
+        changed: 2,
+        vanished: 1,
+        warnings: missing + 3,
+        first_missing: vec!["db/data: cannot be read: Input/output error".to_owned()],
+        first_changed: vec!["log".to_owned()],
+        first_vanished: vec!["tmp".to_owned()],
+        ..saved(job)
+    };
+    for (name, missing) in [("lacks", 3), ("warns", 0)] {
+        let uid = world.backup(name, "backup", &pod).await.uid().unwrap();
+        world.until_phase(name, PodVolumePhase::InProgress).await;
+        agent.say_finished(said(&uid, missing)).await;
+        fleet.until("that it is recorded", |seen| seen.recorded.contains(&uid)).await;
+    }
+    let lacks = world.until_phase("lacks", PodVolumePhase::Failed).await;
+    let snapshot = format!("snapshot-of-{}", lacks.uid().unwrap());
+    let status = lacks.status.unwrap();
+    assert_eq!(status.snapshot_id, Some(snapshot));
+    let counts = (status.files_missing, status.files_changed, status.files_vanished);
+    assert_eq!((counts, status.warnings), ((Some(3), Some(2), Some(1)), Some(6)));
+    let message = status.message.unwrap();
+    for part in ["3 files or folders", "db/data: cannot be read", "2 files changed", "log", "tmp"] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+    let warns = world.until_phase("warns", PodVolumePhase::Completed).await.status.unwrap();
+    assert_eq!((warns.files_missing, warns.files_changed), (None, Some(2)));
+    let events = world.api::<Event>().list(&ListParams::default()).await.unwrap();
+    for (name, reason) in [("lacks", "FilesMissing"), ("warns", "CompletedWithWarnings")] {
+        let told = events.iter().any(|event| {
+            event.involved_object.name.as_deref() == Some(name)
+                && event.reason.as_deref() == Some(reason)
+                && event.type_.as_deref() == Some("Warning")
+        });
+        assert!(told, "{reason} of {name}: {events:?}");
+    }
 }
 
 fn restore_is(phase: PodVolumePhase) -> impl Fn(&PodVolumeRestore) -> bool {

@@ -307,14 +307,28 @@ impl Agent {
 
 /// One line about how a job ended.
 fn log_end(finished: &Finished, took: Duration) {
-    let (warnings, missing) = (finished.warnings, finished.missing);
+    let Finished { warnings, missing, changed, vanished, .. } = finished;
     let seconds = took.as_secs();
     match &finished.outcome {
         Some(Outcome::Failure(failure)) => {
             let kind = failure.kind();
-            tracing::error!(seconds, warnings, missing, "failed, {kind:?}: {}", failure.message);
+            let message = &failure.message;
+            tracing::error!(
+                seconds,
+                warnings,
+                missing,
+                changed,
+                vanished,
+                "failed, {kind:?}: {message}"
+            );
         }
-        Some(outcome) => tracing::info!(seconds, warnings, missing, "done: {outcome:?}"),
+        // Done as far as it went: what is missing was named.
+        Some(outcome) if *missing > 0 => {
+            tracing::warn!(seconds, warnings, missing, changed, vanished, "done: {outcome:?}");
+        }
+        Some(outcome) => {
+            tracing::info!(seconds, warnings, missing, changed, vanished, "done: {outcome:?}");
+        }
         None => {}
     }
 }

@@ -7,8 +7,9 @@ mod cluster;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -530,6 +531,61 @@ fn a_volume_that_vanishes_while_it_is_saved_leaves_no_snapshot() {
         controller.record(id);
     }
     assert!(location.open().list_snapshots().unwrap().snapshots.is_empty());
+}
+
+/// A file that is there and cannot be read, not by root either, until dropped: an attribute of the loopback device,
+/// which has no speed.
+struct Unreadable(PathBuf);
+
+impl Unreadable {
+    fn at(path: PathBuf) -> Option<Self> {
+        fs::write(&path, "").unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["--bind", "/sys/class/net/lo/speed"]).arg(&path);
+        let mounted = mount.output().is_ok_and(|output| output.status.success());
+        (mounted && fs::read(&path).is_err()).then_some(Self(path))
+    }
+}
+
+impl Drop for Unreadable {
+    fn drop(&mut self) {
+        // The agent may have it open for a moment.
+        eventually("it is unmounted", || {
+            Command::new("umount").arg(&self.0).output().is_ok_and(|output| output.status.success())
+        });
+    }
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_counted_and_named() {
+    let controller = Controller::start();
+    let (node, _) = Node::connected(&controller, &["--memory", "96M"]);
+    let location = Location::new();
+    controller.run(&location.create());
+    let (source, volume) = node.volume("pod", EMPTY_DIR, "data");
+    fs::write(source.join("good"), noise(1, 3000)).unwrap();
+    let Some(broken) = Unreadable::at(source.join("broken")) else {
+        let why = "an agent's volume with an unreadable file: nothing can be mounted here";
+        std::io::stderr()
+            .write_all(format!("\n******** NOT TESTED: {why} ********\n").as_bytes())
+            .unwrap();
+        return;
+    };
+    let finished = controller.run(&location.job("b", Work::Backup(backup(&volume))));
+    let snapshot = saved(&finished).snapshot;
+    assert_eq!((finished.missing, finished.changed, finished.vanished), (1, 0, 0));
+    assert!(finished.first_missing[0].starts_with("broken: "), "{finished:?}");
+    assert!(node.log().contains("broken: "), "{}", node.log());
+    assert!(node.http("/metrics").contains("ebackup_agent_files_missing_total 1"));
+    // Whoever did not hear of it hears the same counts again.
+    let again = Job { repeated: true, ..location.job("b", Work::Backup(backup(&volume))) };
+    let told_again = controller.run(&again);
+    assert_eq!((&saved(&told_again).snapshot, told_again.missing), (&snapshot, 1));
+    drop(broken);
+    let (target, into) = node.volume("pod-2", EMPTY_DIR, "data");
+    controller.run(&location.job("r", restored(&into, &snapshot, "uid")));
+    assert_eq!(fs::read(target.join("good")).unwrap(), noise(1, 3000));
+    assert!(target.join(".velero/uid").exists(), "what there is is restored");
 }
 
 #[test]

@@ -70,6 +70,8 @@ impl PodVolumePhase {
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#,
     printcolumn = r#"{"name":"Node","type":"string","jsonPath":".status.node"}"#,
     printcolumn = r#"{"name":"Uploader","type":"string","jsonPath":".spec.uploaderType"}"#,
+    printcolumn = r#"{"name":"Missing","type":"integer","format":"int64","jsonPath":".status.filesMissing"}"#,
+    printcolumn = r#"{"name":"Warnings","type":"integer","format":"int64","priority":1,"jsonPath":".status.warnings"}"#,
     printcolumn = r#"{"name":"Message","type":"string","priority":1,"jsonPath":".status.message"}"#
 )]
 #[serde(rename_all = "camelCase")]
@@ -138,9 +140,19 @@ pub struct PodVolumeBackupStatus {
     /// Bytes added to the repository.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub incremental_bytes: Option<i64>,
-    /// Things that are not saved as they should be; the message tells the first.
+    /// Things that are not saved as they should be, files that are missing among them; the message tells the first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warnings: Option<i64>,
+    /// Files and folders that could not be read to their end: the snapshot has nothing, a part or an older version of
+    /// them. With any, the phase is Failed, and the snapshot can be restored with a warning.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub files_missing: Option<i64>,
+    /// Files that changed while they were read: what is saved of each may be of different moments.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub files_changed: Option<i64>,
+    /// Files and folders that vanished before they could be read, and are not saved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub files_vanished: Option<i64>,
 }
 
 /// Which snapshot to put into which volume.
@@ -164,6 +176,8 @@ pub struct PodVolumeBackupStatus {
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#,
     printcolumn = r#"{"name":"Node","type":"string","jsonPath":".status.node"}"#,
     printcolumn = r#"{"name":"Uploader Type","type":"string","jsonPath":".spec.uploaderType"}"#,
+    printcolumn = r#"{"name":"Missing","type":"integer","format":"int64","jsonPath":".status.filesMissing"}"#,
+    printcolumn = r#"{"name":"Warnings","type":"integer","format":"int64","priority":1,"jsonPath":".status.warnings"}"#,
     printcolumn = r#"{"name":"Message","type":"string","priority":1,"jsonPath":".status.message"}"#
 )]
 #[serde(rename_all = "camelCase")]
@@ -223,9 +237,13 @@ pub struct PodVolumeRestoreStatus {
     /// Node whose agent works, or worked, on it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
-    /// Things that are not restored as they should be; the message tells the first.
+    /// Things that are not restored as they should be, files that are missing among them; the message tells the first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warnings: Option<i64>,
+    /// Files and folders that are not restored, or not wholly: the snapshot lacks what could not be read when it was
+    /// made, or, when the phase is Failed, they are damaged or the volume refused them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub files_missing: Option<i64>,
 }
 
 #[cfg(test)]

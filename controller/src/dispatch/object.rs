@@ -5,6 +5,7 @@ use kube::ResourceExt;
 use proto::v1::{Finished, finished::Outcome};
 use serde_json::{Value, json};
 
+use super::outcome::{self, signed};
 use crate::api::{
     BACKUP_NAME, PodVolumeBackup, PodVolumePhase, PodVolumeRestore, RESTORE_NAME, RESTORE_UID,
     Timestamp,
@@ -218,29 +219,8 @@ impl Update {
     }
 }
 
-fn signed(number: u64) -> i64 {
-    i64::try_from(number).unwrap_or(i64::MAX)
-}
-
 fn text(now: Timestamp) -> String {
     now.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
-}
-
-/// The first warnings and how many there are.
-fn warnings(finished: &Finished) -> Option<String> {
-    if finished.warnings == 0 {
-        return None;
-    }
-    let first = finished.first_warnings.iter().take(3).cloned().collect::<Vec<_>>().join("; ");
-    Some(match finished.warnings {
-        1 => format!("1 warning: {first}"),
-        more => format!("{more} warnings: {first}"),
-    })
-}
-
-/// Whether what came of a job makes its object Completed: the other variants fail it, or were cancelled.
-pub fn is_success(finished: &Finished) -> bool {
-    matches!(finished.outcome, Some(Outcome::Saved(_) | Outcome::Restored(_)))
 }
 
 /// The status as a merge patch.
@@ -280,7 +260,7 @@ pub fn patch(object: &Object, update: &Update, now: Timestamp) -> Value {
             })
         }
         Update::Finish(finished) => {
-            let mut status = outcome(finished, &now);
+            let mut status = outcome::status(finished, &now);
             if !object.has_started() {
                 status["startTimestamp"] = json!(now);
             }
@@ -289,70 +269,11 @@ pub fn patch(object: &Object, update: &Update, now: Timestamp) -> Value {
     }
 }
 
-fn outcome(finished: &Finished, now: &str) -> Value {
-    let mut status = json!({
-        "phase": "Completed", "completionTimestamp": now, "message": warnings(finished),
-        "warnings": if finished.warnings > 0 { json!(signed(finished.warnings)) } else { Value::Null },
-    });
-    let progress = |bytes: u64| json!({"totalBytes": signed(bytes), "bytesDone": signed(bytes)});
-    match &finished.outcome {
-        Some(Outcome::Saved(saved)) => {
-            status["snapshotID"] = json!(saved.snapshot);
-            status["path"] = json!(saved.path);
-            status["progress"] = progress(saved.bytes);
-            status["incrementalBytes"] = json!(signed(saved.bytes_stored));
-        }
-        Some(Outcome::Restored(restored)) => status["progress"] = progress(restored.bytes),
-        Some(Outcome::Failure(failure)) => {
-            let cancelled = failure.kind() == proto::v1::FailureKind::Cancelled;
-            status["phase"] = json!(if cancelled { "Canceled" } else { "Failed" });
-            let parts = [Some(failure.message.clone()), warnings(finished)];
-            status["message"] = json!(parts.into_iter().flatten().collect::<Vec<_>>().join("; "));
-        }
-        _ => {
-            status["phase"] = json!("Failed");
-            status["message"] =
-                json!("the agent said something else than what was asked: upgrade both");
-        }
-    }
-    status
-}
-
 #[cfg(test)]
 mod tests {
-    use proto::v1::{Failure, FailureKind, Saved};
+    use proto::v1::Saved;
 
     use super::*;
-
-    #[test]
-    fn the_status_says_what_came_of_a_job() {
-        let object = Object::from(PodVolumeBackup::default());
-        let finished = |outcome, warnings| Finished {
-            outcome: Some(outcome),
-            warnings,
-            first_warnings: vec!["a vanished".to_owned()],
-            ..Default::default()
-        };
-        let status =
-            |finished| patch(&object, &Update::Finish(Box::new(finished)), Timestamp::UNIX_EPOCH);
-        let saved = Saved { snapshot: "s".into(), bytes: 9, bytes_stored: 4, ..Default::default() };
-        let done = status(finished(Outcome::Saved(saved), 1));
-        assert_eq!((&done["phase"], &done["snapshotID"]), (&json!("Completed"), &json!("s")));
-        assert_eq!(
-            (&done["progress"]["bytesDone"], &done["incrementalBytes"]),
-            (&json!(9), &json!(4))
-        );
-        assert_eq!(done["message"], "1 warning: a vanished");
-        assert_eq!(done["completionTimestamp"], "1970-01-01T00:00:00Z");
-        let failure = |kind: FailureKind| {
-            let failure = Failure { kind: kind.into(), message: "why".to_owned() };
-            status(finished(Outcome::Failure(failure), 0))
-        };
-        assert_eq!(failure(FailureKind::Cancelled)["phase"], "Canceled");
-        let failed = failure(FailureKind::Full);
-        assert_eq!((&failed["phase"], &failed["message"]), (&json!("Failed"), &json!("why")));
-        assert_eq!(status(Finished::default())["phase"], "Failed");
-    }
 
     #[test]
     fn a_snapshot_that_was_made_after_all_is_named() {

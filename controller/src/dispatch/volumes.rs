@@ -11,7 +11,8 @@ use proto::v1::{Assign, Backup, Cancel, Job as Work_, Recorded, Repository, Rest
 
 use super::inspect::{Inspection, inspect};
 use super::job::{Action, Agent, Facts, Job, Place, Ready, elapsed, next};
-use super::object::{Object, Update, is_success, patch};
+use super::object::{Object, Update, patch};
+use super::outcome::{self, Ending};
 use super::write::{Precondition, Refused, write_status};
 use super::{Change, Note, World};
 use crate::api::{
@@ -132,7 +133,6 @@ impl World {
                 return;
             }
         };
-        let subject = object.subject();
         if !job.object.is_newer_than(&object) {
             job.object = object.clone();
         }
@@ -155,23 +155,39 @@ impl World {
             (None, Update::Canceled(_)) => metrics.end(kind, Outcome::Canceled),
             _ => {}
         }
-        let phase = object.phase();
-        let tone = if phase == PodVolumePhase::Failed { Tone::Warning } else { Tone::Normal };
+        self.tell(&object, update, now);
+    }
+
+    /// Tells people of a change that they care about.
+    fn tell(&self, object: &Object, update: &Update, now: Timestamp) {
         if matches!(update, Update::Note(_) | Update::Progress { .. } | Update::Canceling) {
             return;
         }
-        let reason = format!("{phase:?}");
+        let phase = object.phase();
+        let ending = match update {
+            Update::Finish(finished) => Some((Ending::of(finished), outcome::message(finished))),
+            _ => None,
+        };
+        let (tone, reason) = match ending {
+            Some((Ending::Completed, Some(_))) => {
+                (Tone::Warning, "CompletedWithWarnings".to_owned())
+            }
+            Some((Ending::Incomplete, _)) => (Tone::Warning, "FilesMissing".to_owned()),
+            _ if phase == PodVolumePhase::Failed => (Tone::Warning, format!("{phase:?}")),
+            _ => (Tone::Normal, format!("{phase:?}")),
+        };
         let message = match (update, object.message()) {
             (Update::Accept(node), _) => format!("assigned to node {node}"),
             (_, Some(message)) => message.to_owned(),
-            (Update::Finish(finished), None) if is_success(finished) => "done".to_owned(),
+            (Update::Finish(_), None) => "done".to_owned(),
             _ => reason.clone(),
         };
+        let subject = object.subject();
         match tone {
-            Tone::Warning => tracing::warn!(subject, phase = reason, message, "changed"),
-            Tone::Normal => tracing::info!(subject, phase = reason, message, "changed"),
+            Tone::Warning => tracing::warn!(subject, ?phase, reason, message, "changed"),
+            Tone::Normal => tracing::info!(subject, ?phase, message, "changed"),
         }
-        match &object {
+        match object {
             Object::Backup(object) => {
                 self.events.tell(&**object, tone, &reason, &message, now);
             }
@@ -417,13 +433,16 @@ impl World {
         }
     }
 
-    /// The newest snapshot of the same claim in the same location.
+    /// The newest snapshot of the same claim in the same location. One that lacks files is as good as another: a backup
+    /// takes over from it only what is whole.
     fn parent(&self, object: &PodVolumeBackup, ready: &Ready) -> Option<String> {
         let claim = ready.found.claim.as_ref()?;
         let others = self.jobs.values().filter_map(|job| match &job.object {
             Object::Backup(other)
-                if job.object.phase() == PodVolumePhase::Completed
-                    && job.object.label(PVC_UID) == claim.uid
+                if matches!(
+                    job.object.phase(),
+                    PodVolumePhase::Completed | PodVolumePhase::Failed
+                ) && job.object.label(PVC_UID) == claim.uid
                     && other.spec.backup_storage_location
                         == object.spec.backup_storage_location =>
             {

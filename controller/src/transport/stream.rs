@@ -11,6 +11,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic::{Status, Streaming};
 
 use super::Times;
+use super::bounds::bound;
 use super::lobby::Pass;
 use crate::agents::{Agents, Membership};
 use crate::cluster::Clock;
@@ -32,6 +33,13 @@ pub(super) struct Stream {
     pub(super) ending: watch::Receiver<bool>,
     pub(super) identity: Identity,
     pub(super) pass: Option<Pass>,
+}
+
+/// What a message says, of bounded size; nothing if it is of a kind that this version does not know.
+fn said(message: FromAgent) -> Option<Said> {
+    let mut said = message.message?;
+    bound(&mut said);
+    Some(said)
 }
 
 impl Stream {
@@ -62,7 +70,7 @@ impl Stream {
         let first = timeout(self.times.entry, incoming.message()).await;
         let first = first.map_err(|_| no_hello("no Hello came in time"))?;
         let first = first.map_err(|status| no_hello(status.message()))?;
-        match first.and_then(|first| first.message) {
+        match first.and_then(said) {
             Some(Said::Hello(hello)) if hello.node == self.identity.node => Ok(hello),
             Some(Said::Hello(hello)) => Err((Reason::NotAnAgent, self.other_node(&hello))),
             _ => Err(no_hello("the first message must be a Hello")),
@@ -70,7 +78,7 @@ impl Stream {
     }
 
     fn other_node(&self, hello: &Hello) -> Status {
-        let (own, said) = (&self.identity.node, hello.node.escape_debug());
+        let (own, said) = (&self.identity.node, &hello.node);
         Status::permission_denied(format!("the token is that of node '{own}', not of '{said}'"))
     }
 
@@ -94,7 +102,7 @@ impl Stream {
         tracing::info!(
             node = hello.node,
             pod = self.identity.pod,
-            version = %hello.version.escape_debug(),
+            version = hello.version,
             "an agent is connected"
         );
         self.metrics.streams.inc();
@@ -126,7 +134,7 @@ impl Stream {
                 Ok(Err(status)) => return status,
                 Err(_) => return Status::deadline_exceeded("the agent was silent for too long"),
             };
-            match message.message {
+            match said(message) {
                 Some(Said::Progress(progress)) => membership.progress(progress).await,
                 Some(Said::Finished(finished)) => membership.finished(finished).await,
                 Some(Said::ProbeResult(result)) => membership.probed(result).await,

@@ -3,10 +3,11 @@
 use std::net::SocketAddr;
 
 use jiff::{SignedDuration, Timestamp};
+use proto::v1::finished::Outcome;
 use proto::v1::from_agent::Message as Said;
 use proto::v1::from_controller::Message;
 use proto::v1::mover_client::MoverClient;
-use proto::v1::{Cancel, Finished, Heartbeat, Hello, Progress};
+use proto::v1::{Cancel, Failure, Finished, Heartbeat, Hello, ProbeResult, Progress};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
@@ -298,6 +299,24 @@ async fn a_message_too_large_ends_the_stream_alone() {
     assert!(matches!(served.event().await, Event::Lost { node } if node == "a"));
     other.say(Said::Finished(finished("j"))).await;
     assert!(matches!(served.event().await, Event::Finished { node, .. } if node == "b"));
+}
+
+#[tokio::test]
+async fn what_an_agent_says_is_cut_before_anybody_hears_it() {
+    let mut served = Served::start(Times::default()).await;
+    let long = "x".repeat(1 << 20);
+    let greeting = Hello { node: "a".to_owned(), version: long.clone(), ..Default::default() };
+    let agent = served.dial(Some("a"), Some(Said::Hello(greeting))).await.unwrap();
+    assert!(matches!(served.event().await, Event::Connected { .. }));
+    assert!(served.agents.list()[0].version.len() < 1000);
+    agent.say(Said::ProbeResult(ProbeResult { id: "here".to_owned(), error: long.clone() })).await;
+    let Event::Probed { result, .. } = served.event().await else { panic!("it probed") };
+    assert!(result.id == "here" && result.error.len() < 1000, "{} bytes", result.error.len());
+    let failure = Failure { kind: 0, message: long };
+    let ended = Finished { outcome: Some(Outcome::Failure(failure)), ..finished("j") };
+    agent.say(Said::Finished(ended)).await;
+    let Event::Finished { finished, .. } = served.event().await else { panic!("it ended") };
+    assert!(format!("{finished:?}").len() < 10_000);
 }
 
 #[tokio::test]

@@ -43,6 +43,9 @@ pub(super) struct Metrics {
     ended: Family<Ended, Counter>,
     failures: Family<ByFailure, Counter>,
     warnings: Counter<u64, AtomicU64>,
+    files_missing: Counter<u64, AtomicU64>,
+    files_changed: Counter<u64, AtomicU64>,
+    files_vanished: Counter<u64, AtomicU64>,
     bytes_saved: Counter<u64, AtomicU64>,
     bytes_read: Counter<u64, AtomicU64>,
     bytes_stored: Counter<u64, AtomicU64>,
@@ -65,6 +68,9 @@ impl Metrics {
             ended: Family::default(),
             failures: Family::default(),
             warnings: Counter::default(),
+            files_missing: Counter::default(),
+            files_changed: Counter::default(),
+            files_vanished: Counter::default(),
             bytes_saved: Counter::default(),
             bytes_read: Counter::default(),
             bytes_stored: Counter::default(),
@@ -86,6 +92,12 @@ impl Metrics {
         all.register("jobs_ended", "Jobs that ended, by outcome", new.ended.clone());
         all.register("failures", "Failed jobs, by what failed", new.failures.clone());
         all.register("warnings", "Warnings of jobs that ended", new.warnings.clone());
+        let mut files = |name: &str, help: &str, counter: &Counter| {
+            all.register(name, help, counter.clone());
+        };
+        files("files_missing", "Files that backups could not read to the end", &new.files_missing);
+        files("files_changed", "Files that changed while they were saved", &new.files_changed);
+        files("files_vanished", "Files that vanished before they were saved", &new.files_vanished);
         all.register("store_requests", "Requests to stores", new.requests.clone());
         let mut bytes = |name: &str, help: &str, counter: &Counter| {
             all.register_with_unit(name, help, Unit::Bytes, counter.clone());
@@ -133,6 +145,11 @@ impl Metrics {
         };
         self.ended.get_or_create(&Ended { kind, outcome }).inc();
         self.warnings.inc_by(finished.warnings);
+        if let Some(Work::Backup(_)) = work {
+            self.files_missing.inc_by(finished.missing);
+            self.files_changed.inc_by(finished.changed);
+            self.files_vanished.inc_by(finished.vanished);
+        }
         match &finished.outcome {
             Some(Outcome::Saved(saved)) => {
                 self.bytes_saved.inc_by(saved.bytes);
@@ -188,8 +205,14 @@ mod tests {
         assert!(metrics.text().unwrap().contains("ebackup_agent_dedup_ratio NaN"));
         let saved = Saved { bytes: 100, bytes_stored: 10, ..Default::default() };
         let work = Work::Backup(Backup::default());
-        let done =
-            Finished { outcome: Some(Outcome::Saved(saved)), warnings: 3, ..Default::default() };
+        let done = Finished {
+            outcome: Some(Outcome::Saved(saved)),
+            warnings: 6,
+            missing: 1,
+            changed: 2,
+            vanished: 3,
+            ..Default::default()
+        };
         let failure = Failure { kind: FailureKind::Stalled.into(), message: String::new() };
         let failed = Finished { outcome: Some(Outcome::Failure(failure)), ..Default::default() };
         metrics.ended(Some(&work), &done);
@@ -204,7 +227,10 @@ mod tests {
             "ebackup_agent_memory_budget_bytes 100663296",
             "ebackup_agent_saved_bytes_total 200",
             "ebackup_agent_dedup_ratio 10.0",
-            "ebackup_agent_warnings_total 6",
+            "ebackup_agent_warnings_total 12",
+            "ebackup_agent_files_missing_total 2",
+            "ebackup_agent_files_changed_total 4",
+            "ebackup_agent_files_vanished_total 6",
             r#"ebackup_agent_store_requests_total{kind="write"} 5"#,
             "ebackup_agent_store_sent_bytes_total 7",
         ] {

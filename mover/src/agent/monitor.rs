@@ -7,12 +7,18 @@ use std::time::{Duration, Instant};
 use chunkstore::record::Summary;
 use objects::{Kind, Traffic};
 
+use proto::v1::Finished;
+
 use super::failure::shorten;
-use crate::monitor::{Concern, Monitor, Warning};
+use crate::monitor::{Concern, Monitor, Warning, display_path};
 
 /// Warnings that are told in full, and bytes of each.
 const FIRST_WARNINGS: usize = 20;
 const WARNING_BYTES_MAX: usize = 500;
+
+/// Files that are named of each concern, and bytes of each name: thirty of them fit into a status.
+const FIRST_NAMES: usize = 10;
+const NAME_BYTES_MAX: usize = 300;
 
 /// Why a job is to end before it is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,13 +38,78 @@ pub(super) struct JobMonitor {
     entries: AtomicU64,
     bytes: AtomicU64,
     total: AtomicU64,
-    warnings: AtomicU64,
-    missing: AtomicU64,
-    first: Mutex<Vec<String>>,
-    first_missing: Mutex<Option<String>>,
+    warnings: Mutex<Warnings>,
     ending: AtomicU8,
     /// Where warnings are logged.
     span: tracing::Span,
+}
+
+/// What a job warns of.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Warnings {
+    /// All of them, and the first in full.
+    all: Named,
+    missing: Named,
+    changed: Named,
+    vanished: Named,
+}
+
+/// How many there are, and the first of them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Named {
+    count: u64,
+    first: Vec<String>,
+}
+
+impl Named {
+    /// Counts one more. Whether it is among the first, of which `most` are named.
+    fn add(&mut self, most: usize, text: impl FnOnce() -> String) -> bool {
+        self.count += 1;
+        let is_first = self.first.len() < most;
+        if is_first {
+            self.first.push(text());
+        }
+        is_first
+    }
+}
+
+impl Warnings {
+    /// Takes one in. Whether it is among the first of all, or of those of its concern.
+    fn add(&mut self, warning: &Warning) -> bool {
+        let full = || shorten(warning.to_string(), WARNING_BYTES_MAX);
+        let path = || shorten(display_path(&warning.path), NAME_BYTES_MAX);
+        let of_all = self.all.add(FIRST_WARNINGS, full);
+        let of_its = match warning.concern {
+            // Only here does it matter why.
+            Concern::Missing => {
+                self.missing.add(FIRST_NAMES, || shorten(warning.to_string(), NAME_BYTES_MAX))
+            }
+            Concern::Changed => self.changed.add(FIRST_NAMES, path),
+            Concern::Vanished => self.vanished.add(FIRST_NAMES, path),
+            Concern::Detail => false,
+        };
+        of_all || of_its
+    }
+
+    /// What a backup that was done before had counted. The names are in its snapshot.
+    fn of(summary: &Summary) -> Self {
+        let counted = |count| Named { count, first: Vec::new() };
+        Self {
+            all: counted(summary.warnings),
+            missing: counted(summary.files_missing),
+            changed: counted(summary.files_changed_while_read),
+            vanished: counted(summary.files_vanished),
+        }
+    }
+
+    /// Has the controller told of them.
+    pub(super) fn tell(self, finished: &mut Finished) {
+        let Self { all, missing, changed, vanished } = self;
+        (finished.warnings, finished.first_warnings) = (all.count, all.first);
+        (finished.missing, finished.first_missing) = (missing.count, missing.first);
+        (finished.changed, finished.first_changed) = (changed.count, changed.first);
+        (finished.vanished, finished.first_vanished) = (vanished.count, vanished.first);
+    }
 }
 
 /// How far a job is.
@@ -55,10 +126,7 @@ impl JobMonitor {
             entries: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             total: AtomicU64::new(0),
-            warnings: AtomicU64::new(0),
-            missing: AtomicU64::new(0),
-            first: Mutex::default(),
-            first_missing: Mutex::default(),
+            warnings: Mutex::default(),
             ending: AtomicU8::new(0),
             span,
         }
@@ -95,21 +163,19 @@ impl JobMonitor {
         }
     }
 
-    /// Counts what a backup that was done before had counted.
+    /// Warns of what a backup that was done before had counted.
     pub(super) fn recall(&self, summary: &Summary) {
-        self.warnings.store(summary.warnings, Ordering::Relaxed);
-        self.missing.store(summary.files_missing, Ordering::Relaxed);
+        *lock(&self.warnings) = Warnings::of(summary);
     }
 
-    /// The first warning of a file that is missing altogether.
+    /// The first warning of a file that is missing.
     pub(super) fn first_missing(&self) -> String {
-        lock(&self.first_missing).clone().unwrap_or_default()
+        lock(&self.warnings).missing.first.first().cloned().unwrap_or_default()
     }
 
-    /// Warnings so far, how many of them are files missing altogether, and the first of them.
-    pub(super) fn warnings(&self) -> (u64, u64, Vec<String>) {
-        let first = lock(&self.first).clone();
-        (self.warnings.load(Ordering::Relaxed), self.missing.load(Ordering::Relaxed), first)
+    /// Warnings so far.
+    pub(super) fn warnings(&self) -> Warnings {
+        lock(&self.warnings).clone()
     }
 }
 
@@ -126,17 +192,9 @@ impl Monitor for JobMonitor {
     }
 
     fn warning(&self, warning: Warning) {
-        self.warnings.fetch_add(1, Ordering::Relaxed);
-        if warning.concern == Concern::Missing {
-            self.missing.fetch_add(1, Ordering::Relaxed);
-            let mut first = lock(&self.first_missing);
-            first.get_or_insert_with(|| shorten(warning.to_string(), WARNING_BYTES_MAX));
-        }
-        let mut first = lock(&self.first);
-        if first.len() < FIRST_WARNINGS {
+        if lock(&self.warnings).add(&warning) {
             let text = shorten(warning.to_string(), WARNING_BYTES_MAX);
             self.span.in_scope(|| tracing::warn!("{text}"));
-            first.push(text);
         }
     }
 
@@ -250,21 +308,62 @@ mod tests {
     }
 
     #[test]
-    fn all_warnings_are_counted_and_the_first_are_kept() {
+    fn warnings_are_counted_by_concern_and_the_first_of_each_are_named() {
         let monitor = JobMonitor::new(tracing::Span::none());
-        for n in 0..100 {
-            let path = format!("{n}").into_bytes();
-            let message = "x".repeat(2000);
-            monitor.warning(Warning {
-                path,
-                message,
-                concern: if n % 2 == 0 { Concern::Missing } else { Concern::Detail },
-            });
+        let concerns = [Concern::Detail, Concern::Changed, Concern::Vanished, Concern::Missing];
+        // The other concerns first, so that they take all places among the first.
+        for concern in concerns {
+            for n in 0..100 {
+                let path = format!("{concern:?}-{n}-{}", "p".repeat(1000)).into_bytes();
+                monitor.warning(Warning { path, message: "x".repeat(2000), concern });
+            }
         }
-        let (all, missing, first) = monitor.warnings();
-        assert_eq!((all, missing, first.len()), (100, 50, FIRST_WARNINGS));
-        assert!(first.iter().all(|text| text.len() <= WARNING_BYTES_MAX));
-        assert!(first[1].starts_with("1: x"));
+        let mut told = Finished::default();
+        monitor.warnings().tell(&mut told);
+        let counts = [told.warnings, told.missing, told.changed, told.vanished];
+        assert_eq!(counts, [400, 100, 100, 100]);
+        assert_eq!(told.first_warnings.len(), FIRST_WARNINGS);
+        assert!(told.first_warnings.iter().all(|text| text.len() <= WARNING_BYTES_MAX));
+        for (first, concern) in [
+            (&told.first_missing, Concern::Missing),
+            (&told.first_changed, Concern::Changed),
+            (&told.first_vanished, Concern::Vanished),
+        ] {
+            assert_eq!(first.len(), FIRST_NAMES);
+            assert!(first.iter().all(|text| text.len() <= NAME_BYTES_MAX));
+            assert!(first[1].starts_with(&format!("{concern:?}-1-")), "{}", first[1]);
+        }
+    }
+
+    #[test]
+    fn a_missing_file_is_named_with_its_reason() {
+        let monitor = JobMonitor::new(tracing::Span::none());
+        let warn = |path: &str, concern| {
+            let message = "cannot be read: Input/output error".to_owned();
+            monitor.warning(Warning { path: path.into(), message, concern });
+        };
+        warn("a", Concern::Missing);
+        warn("b", Concern::Changed);
+        assert_eq!(monitor.first_missing(), "a: cannot be read: Input/output error");
+        let mut told = Finished::default();
+        monitor.warnings().tell(&mut told);
+        assert_eq!(told.first_changed, ["b"]);
+    }
+
+    #[test]
+    fn a_backup_that_was_done_before_is_counted_as_it_was_then() {
+        let monitor = JobMonitor::new(tracing::Span::none());
+        let summary = Summary {
+            warnings: 9,
+            files_missing: 2,
+            files_changed_while_read: 3,
+            files_vanished: 4,
+            ..Summary::default()
+        };
+        monitor.recall(&summary);
+        let mut told = Finished::default();
+        monitor.warnings().tell(&mut told);
+        assert_eq!([told.warnings, told.missing, told.changed, told.vanished], [9, 2, 3, 4]);
     }
 
     #[test]

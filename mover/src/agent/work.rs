@@ -131,9 +131,11 @@ pub(super) fn carry_out(
         (Err(_) | Ok(Outcome::Checked(_)), Some(ending)) => Err(control.interrupted(ending)),
         (done, _) => done,
     };
-    let (warnings, missing, first_warnings) = monitor.warnings();
     let outcome = outcome.unwrap_or_else(|failed| Outcome::Failure(failed.into_proto()));
-    Finished { job_id: job.id.clone(), warnings, first_warnings, missing, outcome: Some(outcome) }
+    let mut finished =
+        Finished { job_id: job.id.clone(), outcome: Some(outcome), ..Default::default() };
+    monitor.warnings().tell(&mut finished);
+    finished
 }
 
 struct Task<'a> {
