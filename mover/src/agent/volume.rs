@@ -22,6 +22,16 @@ const MOUNT: &[u8] = b"mount";
 /// Plugins whose volumes are plain folders of the node's own disk, so that nothing need be mounted there.
 const PLAIN: [&str; 2] = ["kubernetes.io~empty-dir", "kubernetes.io~git-repo"];
 
+/// Plugins whose volumes hold what the cluster made for the pod, tokens and keys among it, and no data of its own. No
+/// controller asks for them, unless it was taken over, or its view of the pod is wrong.
+const NOT_DATA: [&str; 5] = [
+    "kubernetes.io~secret",
+    "kubernetes.io~configmap",
+    "kubernetes.io~projected",
+    "kubernetes.io~downward-api",
+    "kubernetes.io~host-path",
+];
+
 /// Memory for the names of plugins: they are a handful.
 const LISTING_BYTES: usize = 64 << 10;
 
@@ -53,13 +63,17 @@ pub(super) fn open(pods: &Path, volume: &Volume, scratch: &Path) -> Result<Opene
             return Err(Failed::new(FailureKind::Invalid, message));
         }
     }
+    if let Some(plugin) = plugin.filter(|plugin| is_one_of(&NOT_DATA, plugin.as_bytes())) {
+        let message = format!("volumes of '{plugin}' hold no data of a pod: they are left alone");
+        return Err(Failed::new(FailureKind::Invalid, message));
+    }
     let place = pods.display().to_string();
     let root = Dir::open_root(pods).map_err(|error| failure::volume("open", &place, &error))?;
     let (pod, place) = step(&root, &place, pod_uid.as_bytes())?;
     let (volumes, place) = step(&pod, &place, VOLUMES)?;
     let (folder, place, plain) = match plugin {
         Some(plugin) => {
-            let plain = is_plain(plugin.as_bytes());
+            let plain = is_one_of(&PLAIN, plugin.as_bytes());
             let (plugin, place) = step(&volumes, &place, plugin.as_bytes())?;
             let (folder, place) = step(&plugin, &place, directory.as_bytes())?;
             (folder, place, plain)
@@ -71,8 +85,8 @@ pub(super) fn open(pods: &Path, volume: &Volume, scratch: &Path) -> Result<Opene
     Ok(Opened { folder, path, unmounted: mounted == Some(false) && !plain })
 }
 
-fn is_plain(plugin: &[u8]) -> bool {
-    PLAIN.iter().any(|plain| plain.as_bytes() == plugin)
+fn is_one_of(plugins: &[&str], name: &[u8]) -> bool {
+    plugins.iter().any(|plugin| plugin.as_bytes() == name)
 }
 
 /// That nothing is mounted at `path`, where the volume is to be.
@@ -113,7 +127,8 @@ fn only_match(
         Listing::read(volumes, LISTING_BYTES, scratch).map_err(|error| unreadable(&error))?;
     let mut found: Option<(Dir, String, bool)> = None;
     while let Some(plugin) = plugins.next_entry().map_err(|error| unreadable(&error))? {
-        if plugin.kind.is_some_and(|kind| kind != Kind::Dir) {
+        let is_no_dir = plugin.kind.is_some_and(|kind| kind != Kind::Dir);
+        if is_no_dir || is_one_of(&NOT_DATA, plugin.name) {
             continue;
         }
         let opened = step(volumes, place, plugin.name)
@@ -125,7 +140,9 @@ fn only_match(
                 let message = format!("both '{other}' and '{path}' may be the volume");
                 return Err(Failed::new(FailureKind::VolumeError, message));
             }
-            (Ok((folder, path)), None) => found = Some((folder, path, is_plain(plugin.name))),
+            (Ok((folder, path)), None) => {
+                found = Some((folder, path, is_one_of(&PLAIN, plugin.name)))
+            }
         }
     }
     found.ok_or_else(|| not_found(&format!("{place}/*/{directory}")))
@@ -205,6 +222,18 @@ mod tests {
         }
         assert!(unmounted(&volume("csi", "pv-1", true)) && unmounted(&volume("", "pv-1", true)));
         assert!(unmounted(&volume("other", "both", false)));
+    }
+
+    #[test]
+    fn what_the_cluster_made_for_a_pod_is_not_a_volume() {
+        let kubelet = Kubelet::new();
+        for plugin in NOT_DATA {
+            fs::create_dir_all(kubelet.volumes().join(plugin).join("token")).unwrap();
+            let opened = kubelet.open(&volume(plugin, "token", false));
+            assert_eq!(opened, Err(FailureKind::Invalid), "{plugin}");
+        }
+        let any = kubelet.open(&volume("", "token", false));
+        assert_eq!(any, Err(FailureKind::VolumeNotFound), "nor when no plugin is named");
     }
 
     #[test]
