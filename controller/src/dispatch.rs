@@ -26,10 +26,10 @@ use proto::v1::from_controller::Message;
 use proto::v1::{Cancel, Finished, Recorded};
 use tokio::sync::{Semaphore, mpsc};
 
-use crate::agents::{Agents, Event};
 use crate::api::{
     BackupRepository, BackupStorageLocation, PodVolumeBackup, PodVolumeRestore, Timestamp,
 };
+use crate::edge::agents::{Agents, Event};
 use crate::events::Events;
 use crate::location::check::Checked;
 use crate::metrics::Metrics;

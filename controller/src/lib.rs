@@ -13,17 +13,14 @@
 //!   the cluster, the stores and clocks.
 //! * It knows no chunks: whatever needs a repository is a job that an agent runs.
 
-pub mod agents;
 pub mod api;
-pub mod authority;
 pub mod cluster;
 pub mod config;
 pub mod crds;
 pub mod dispatch;
+pub mod edge;
 pub mod events;
 pub mod health;
-pub mod identity;
-pub mod leader;
 pub mod location;
 pub mod maintenance;
 pub mod metrics;
@@ -31,5 +28,4 @@ pub mod queue;
 pub mod run;
 pub mod telemetry;
 pub mod text;
-pub mod transport;
 pub mod volume;

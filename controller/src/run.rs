@@ -13,17 +13,17 @@ use anyhow::{Context as _, Result};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use crate::agents::Agents;
 use crate::api::Timestamp;
-use crate::authority::Authority;
 use crate::config::Config;
 use crate::dispatch;
+use crate::edge::agents::Agents;
+use crate::edge::authority::Authority;
+use crate::edge::identity::Reviewer;
+use crate::edge::leader::{Candidate, Times};
+use crate::edge::transport::{self, Transport};
 use crate::health::Health;
-use crate::identity::Reviewer;
-use crate::leader::{Candidate, Times};
 use crate::metrics::Metrics;
 use crate::queue::Limits;
-use crate::transport::{self, Transport};
 
 /// How long streams may take to end when the program does.
 const GRACE: Duration = Duration::from_secs(5);

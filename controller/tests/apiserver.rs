@@ -5,9 +5,9 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use controller::authority::{self, Authority};
-use controller::identity::{Identify, Refusal, Reviewer};
-use controller::leader::{self, Candidate, Leadership, Times};
+use controller::edge::authority::{self, Authority};
+use controller::edge::identity::{Identify, Refusal, Reviewer};
+use controller::edge::leader::{self, Candidate, Leadership, Times};
 use jiff::Timestamp;
 use k8s_openapi::ByteString;
 use k8s_openapi::api::authentication::v1::TokenRequest;

@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use controller::agents::{Agents, Membership};
 use controller::api::{
     BackupStorageLocation, PodVolumeBackup, PodVolumePhase, PodVolumeRestore, Timestamp,
 };
 use controller::dispatch::{Context, Settings, run};
+use controller::edge::agents::{Agents, Membership};
 use k8s_openapi::api::core::v1::{Namespace, Pod, Secret, ServiceAccount};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Api, Patch, PatchParams, PostParams};

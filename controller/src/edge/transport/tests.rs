@@ -15,9 +15,9 @@ use tonic::Code;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 
 use super::*;
-use crate::agents::Event;
-use crate::authority::testing::{Offline, SERVER};
-use crate::identity::Identity;
+use crate::edge::agents::Event;
+use crate::edge::authority::testing::{Offline, SERVER};
+use crate::edge::identity::Identity;
 use crate::metrics::ByReason;
 
 /// Tokens are the names of nodes, but for some.

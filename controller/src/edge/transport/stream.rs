@@ -13,9 +13,9 @@ use tonic::{Status, Streaming};
 use super::Times;
 use super::bounds::bound;
 use super::lobby::Pass;
-use crate::agents::{Agents, Membership};
 use crate::cluster::Clock;
-use crate::identity::Identity;
+use crate::edge::agents::{Agents, Membership};
+use crate::edge::identity::Identity;
 use crate::metrics::{Metrics, Reason};
 
 /// Messages a second that an agent may send: what it has to say is one a second and job. One that sends more waits,

@@ -28,9 +28,9 @@ use tonic::transport::server::TlsConnectInfo;
 use tonic::{Request, Response, Status, Streaming};
 
 use self::lobby::{Connection, Lobby, Pass};
-use crate::agents::Agents;
 use crate::cluster::Clock;
-use crate::identity::{Identify, Refusal};
+use crate::edge::agents::Agents;
+use crate::edge::identity::{Identify, Refusal};
 use crate::metrics::{Metrics, Reason};
 
 /// Largest message of an agent: a Hello with some thousands of outcomes.
