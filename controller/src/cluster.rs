@@ -5,8 +5,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-/// How long the API server may take to answer a request.
-const ANSWER: Duration = Duration::from_secs(10);
+pub mod watch;
+pub mod write;
+
+/// How long the API server may take to answer a request: less than a leader may go without renewing its lease, so that
+/// one connection that hangs does not end it.
+pub(crate) const ANSWER: Duration = Duration::from_secs(4);
 
 /// The time now. Whoever decides by it takes it as a function, so that tests have another.
 pub type Clock = fn() -> jiff::Timestamp;

@@ -1,7 +1,7 @@
 //! Wires the parts together, from start to end.
 //!
 //! ```text
-//! probes and metrics ── leader ── authority ── transport and dispatcher ── SIGTERM ── streams end ── lease released
+//! probes and metrics ── leader ── authority ── transport and rooms ── SIGTERM ── streams end ── lease released
 //! ```
 //! A controller that is not the leader only waits. One that is no longer ends its process at once: whatever it had
 //! begun is in the custom resources, and its successor goes on from there.
@@ -15,15 +15,16 @@ use tokio::sync::watch;
 
 use crate::api::Timestamp;
 use crate::config::Config;
-use crate::dispatch;
+use crate::desk::queue::Limits;
 use crate::edge::agents::Agents;
 use crate::edge::authority::Authority;
 use crate::edge::identity::Reviewer;
 use crate::edge::leader::{Candidate, Times};
 use crate::edge::transport::{self, Transport};
-use crate::health::Health;
+use crate::events::Events;
+use crate::health::{Health, Readiness};
 use crate::metrics::Metrics;
-use crate::queue::Limits;
+use crate::rooms;
 
 /// How long streams may take to end when the program does.
 const GRACE: Duration = Duration::from_secs(5);
@@ -37,7 +38,8 @@ pub async fn run(config: Config) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     let metrics = Arc::new(Metrics::default());
-    let health = Health::bind(config.http, metrics.clone()).await?;
+    let readiness = Readiness::default();
+    let health = Health::bind(config.http, metrics.clone(), readiness.clone()).await?;
     let client = client().await?;
     let (end, ending) = watch::channel(false);
     let told_to_end = async {
@@ -48,7 +50,7 @@ pub async fn run(config: Config) -> Result<()> {
         tracing::info!("told to end");
         end.send_replace(true);
     };
-    let working = work(Arc::new(config), client, metrics, ending);
+    let working = work(Arc::new(config), client, metrics, readiness, ending);
     tokio::pin!(working);
     tokio::select! {
         served = health.serve() => served,
@@ -72,6 +74,7 @@ async fn work(
     config: Arc<Config>,
     client: kube::Client,
     metrics: Arc<Metrics>,
+    readiness: Readiness,
     mut ending: watch::Receiver<bool>,
 ) -> Result<()> {
     let namespace = &config.namespace;
@@ -82,7 +85,8 @@ async fn work(
         leadership = candidate.elect() => leadership,
         _ended = ending.wait_for(|ending| *ending) => return Ok(()),
     };
-    let leading = lead(config.clone(), client, metrics, ending);
+    readiness.lead();
+    let leading = lead(config.clone(), client, metrics, readiness, ending);
     let led = tokio::select! {
         led = leading => led,
         error = leadership.lost() => return Err(error),
@@ -100,6 +104,7 @@ async fn lead(
     config: Arc<Config>,
     client: kube::Client,
     metrics: Arc<Metrics>,
+    readiness: Readiness,
     mut ending: watch::Receiver<bool>,
 ) -> Result<()> {
     let names = config.service_names.clone();
@@ -117,9 +122,11 @@ async fn lead(
         times: transport::Times::default(),
         ending: ending.clone(),
     };
-    let context = dispatch::Context {
+    let context = rooms::Context {
         namespace: config.namespace.clone(),
         settings: settings(&config),
+        events: Events::new(client.clone()),
+        readiness,
         client,
         agents,
         clock: Arc::new(Timestamp::now),
@@ -127,15 +134,14 @@ async fn lead(
     };
     metrics.leader.set(1);
     let mut ending_too = ending.clone();
-    let dispatching = async {
+    let working = async {
         tokio::select! {
             // It holds nothing that the custom resources do not say.
-            done = dispatch::run(context, events) => done,
+            done = rooms::run(context, events) => done,
             _ended = ending_too.wait_for(|ending| *ending) => Ok(()),
         }
     };
-    let graceful =
-        async { tokio::try_join!(transport.serve(listener, tls), dispatching).map(|_| ()) };
+    let graceful = async { tokio::try_join!(transport.serve(listener, tls), working).map(|_| ()) };
     let out_of_grace = async {
         // What is awaited is a lock, not to be held.
         drop(ending.wait_for(|ending| *ending).await);
@@ -151,9 +157,9 @@ async fn lead(
     }
 }
 
-/// What people set, for the dispatcher.
-fn settings(config: &Config) -> dispatch::Settings {
-    dispatch::Settings {
+/// What people set, for the rooms.
+fn settings(config: &Config) -> rooms::Settings {
+    rooms::Settings {
         limits: Limits {
             cluster: config.volume_workers,
             node: config.node_volume_workers.unwrap_or(0),
@@ -164,7 +170,7 @@ fn settings(config: &Config) -> dispatch::Settings {
         limit_upload: config.limit_upload,
         limit_download: config.limit_download,
         prune_every: config.prune_every.unwrap_or_default(),
-        ..dispatch::Settings::default()
+        ..rooms::Settings::default()
     }
 }
 

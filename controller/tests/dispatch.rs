@@ -12,8 +12,8 @@ use controller::api::repository::RepositoryPhase;
 use controller::api::{
     BackupRepository, BackupStorageLocation, PodVolumeBackup, PodVolumePhase, PodVolumeRestore,
 };
-use controller::dispatch::Settings;
-use controller::queue::Limits;
+use controller::desk::queue::Limits;
+use controller::rooms::Settings;
 use futures::future::join_all;
 use k8s_openapi::api::core::v1::{Event, Secret};
 use kube::ResourceExt;
@@ -35,7 +35,7 @@ async fn the_definitions_are_accepted_and_all_fields_survive() {
         "phase": "InProgress", "path": "/x", "node": "n", "snapshotID": "s", "message": "m",
         "startTimestamp": "2026-01-02T03:04:05Z", "acceptedTimestamp": "2026-01-02T03:04:05Z",
         "completionTimestamp": "2026-01-02T03:04:05Z", "incrementalBytes": 9_000_000_000_u64,
-        "progress": {"totalBytes": 9_000_000_000_u64, "bytesDone": 1}, "warnings": 3,
+        "progress": {"totalBytes": 9_000_000_000_u64, "bytesDone": 1}, "warnings": 3, "attempts": 2,
         "filesMissing": 1, "filesChanged": 1, "filesVanished": 1,
     });
     let made: PodVolumeBackup = world
@@ -235,6 +235,87 @@ async fn what_a_restarted_agent_lost_is_sent_again_by_another_dispatcher() {
     fleet.release();
     world.until_phase("b", PodVolumePhase::Completed).await;
     assert_eq!(fleet.seen().assigned[&uid], [false, true]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_that_brings_its_agent_down_again_and_again_fails() {
+    let world = World::new("deadly").await;
+    world.good_location().await;
+    let dispatcher = world.dispatch(Settings::default());
+    let fleet = Fleet::new(true);
+    let mut agent = fleet.join(&dispatcher, "n1").await;
+    let pod = world.pod("p", "n1").await;
+    let uid = world.backup("b", "backup", &pod).await.uid().unwrap();
+    for attempt in 1..=3 {
+        let given =
+            |seen: &common::Seen| seen.assigned.get(&uid).is_some_and(|it| it.len() == attempt);
+        fleet.until("that it is given", given).await;
+        agent.leave_with_jobs(&fleet).await;
+        fleet.forget();
+        agent = fleet.join(&dispatcher, "n1").await;
+    }
+    let failed = world.until_phase("b", PodVolumePhase::Failed).await.status.unwrap();
+    let message = failed.message.unwrap();
+    assert!(message.contains("ended 3 times"), "{message}");
+    assert_eq!(fleet.seen().assigned[&uid].len(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_begin_does_not_wait_for_ever() {
+    let world = World::new("stuck").await;
+    world.good_location().await;
+    let settings = Settings { start_within: Duration::from_secs(2), ..Settings::default() };
+    let _dispatcher = world.dispatch(settings);
+    // Nobody connects from there.
+    let pod = world.pod("p", "dead").await;
+    world.backup("b", "backup", &pod).await;
+    let failed = world.until_phase("b", PodVolumePhase::Failed).await.status.unwrap();
+    let message = failed.message.unwrap();
+    assert!(message.contains("given up after"), "{message}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prune_goes_on_under_another_dispatcher() {
+    let world = World::new("adopted").await;
+    world.good_location().await;
+    let settings = Settings { prune_every: Duration::from_secs(1), ..Settings::default() };
+    let first = world.dispatch(settings.clone());
+    let fleet = Fleet::new(true);
+    fleet.hold_prunes();
+    let mut agent = fleet.join(&first, "n1").await;
+    fleet.until("that it prunes", |seen| seen.pruning.is_some()).await;
+    let job = fleet.seen().pruning.unwrap();
+    agent.cut(&fleet).await;
+    first.kill().await;
+    let second = world.dispatch(settings);
+    let agent = fleet.join(&second, "n1").await;
+    agent.say_finished(common::pruned(&job)).await;
+    fleet.until("that it is recorded", |seen| seen.recorded.contains(&job)).await;
+    let is_told = |repository: &BackupRepository| {
+        let status = repository.status.as_ref();
+        status.is_some_and(|status| status.last_maintenance_time.is_some())
+    };
+    let _told: BackupRepository = world.until(LOCATION, "tells of it", is_told).await;
+    assert!(!fleet.seen().cancelled.contains(&job), "it was let go on");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_status_of_a_location_keeps_what_others_wrote() {
+    let world = World::new("kept").await;
+    world.good_location().await;
+    let _dispatcher = world.dispatch(Settings::default());
+    let validated = |location: &BackupStorageLocation| {
+        location.status.as_ref().and_then(|status| status.last_validation_time.clone())
+    };
+    let mut last = world.until(LOCATION, "is validated", |it| validated(it).is_some()).await;
+    for synced in ["2026-01-02T03:04:05Z", "2026-01-03T03:04:05Z"] {
+        let patch = json!({"status": {"lastSyncedTime": synced}});
+        world.change::<BackupStorageLocation>(LOCATION, patch).await;
+        let old = validated(&last);
+        last = world.until(LOCATION, "is validated again", |it| validated(it) != old).await;
+        let kept = json!(last.status.as_ref().unwrap().last_synced_time);
+        assert_eq!(kept, json!(synced));
+    }
 }
 
 async fn cancel(world: &World, name: &str) {

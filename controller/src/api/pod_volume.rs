@@ -140,6 +140,9 @@ pub struct PodVolumeBackupStatus {
     /// Bytes added to the repository.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub incremental_bytes: Option<i64>,
+    /// How often it was given to an agent. One that ends its third without an end fails it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attempts: Option<i64>,
     /// Things that are not saved as they should be, files that are missing among them; the message tells the first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warnings: Option<i64>,
@@ -237,6 +240,9 @@ pub struct PodVolumeRestoreStatus {
     /// Node whose agent works, or worked, on it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
+    /// How often it was given to an agent. One that ends its third without an end fails it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attempts: Option<i64>,
     /// Things that are not restored as they should be, files that are missing among them; the message tells the first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warnings: Option<i64>,

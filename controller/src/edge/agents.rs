@@ -1,7 +1,7 @@
 //! The agents that are connected: who they are, and a way to tell them something.
 //!
 //! Whoever serves their streams (`transport`) enters them here and hands on what they say as [`Event`]s; whoever
-//! decides (`dispatch`) takes the events and sends messages. Nothing here is durable.
+//! decides (`desk`) takes the events and sends messages. Nothing here is durable.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,10 +17,10 @@ const QUEUE: usize = 1024;
 /// What an agent said, or what became of it.
 #[derive(Debug)]
 pub enum Event {
-    /// It is connected (again); [`Agents::list`] has what it said of itself.
+    /// It is connected (again).
     Connected {
-        /// Its node.
-        node: String,
+        /// What it said of itself.
+        agent: Agent,
         /// Jobs that it ended and whose outcome it wants recorded.
         finished: Vec<Finished>,
     },
@@ -57,6 +57,8 @@ pub enum Event {
 pub struct Agent {
     /// Name of its node.
     pub node: String,
+    /// Unlike that of all other streams.
+    pub stream: u64,
     /// Version of its program.
     pub version: String,
     /// What it can do besides what version 1 of the protocol began with.
@@ -90,7 +92,6 @@ struct Connected {
 
 #[derive(Debug)]
 struct Stream {
-    number: u64,
     agent: Agent,
     outgoing: mpsc::Sender<FromController>,
 }
@@ -105,6 +106,11 @@ impl Agents {
     /// Those connected now, by node.
     pub fn list(&self) -> Vec<Agent> {
         self.lock().streams.values().map(|stream| stream.agent.clone()).collect()
+    }
+
+    /// Whether there is a stream to the agent of a node.
+    pub fn is_connected(&self, node: &str) -> bool {
+        self.lock().streams.contains_key(node)
     }
 
     /// Sends a message to the agent of a node.
@@ -125,8 +131,9 @@ impl Agents {
         hello: Hello,
     ) -> (Membership, mpsc::Receiver<FromController>) {
         let (outgoing, receiver) = mpsc::channel(QUEUE);
-        let agent = Agent {
+        let mut agent = Agent {
             node: hello.node,
+            stream: 0,
             version: hello.version,
             capabilities: hello.capabilities,
             capacity: hello.capacity.max(1),
@@ -137,12 +144,13 @@ impl Agents {
         let number = {
             let mut connected = self.lock();
             connected.next += 1;
-            let number = connected.next;
-            connected.streams.insert(node.clone(), Stream { number, agent, outgoing });
-            number
+            agent.stream = connected.next;
+            let stream = Stream { agent: agent.clone(), outgoing };
+            connected.streams.insert(node.clone(), stream);
+            agent.stream
         };
-        let membership = Membership { agents: self.clone(), node: node.clone(), number };
-        self.tell(Event::Connected { node, finished: hello.finished }).await;
+        let membership = Membership { agents: self.clone(), node, number };
+        self.tell(Event::Connected { agent, finished: hello.finished }).await;
         (membership, receiver)
     }
 
@@ -184,7 +192,7 @@ impl Membership {
     pub async fn leave(self) {
         let was_current = {
             let mut connected = self.agents.lock();
-            let current = connected.streams.get(&self.node).map(|stream| stream.number);
+            let current = connected.streams.get(&self.node).map(|stream| stream.agent.stream);
             if current == Some(self.number) {
                 connected.streams.remove(&self.node);
             }

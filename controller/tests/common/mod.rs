@@ -9,8 +9,10 @@ use std::time::Duration;
 use controller::api::{
     BackupStorageLocation, PodVolumeBackup, PodVolumePhase, PodVolumeRestore, Timestamp,
 };
-use controller::dispatch::{Context, Settings, run};
 use controller::edge::agents::{Agents, Membership};
+use controller::events::Events;
+use controller::health::Readiness;
+use controller::rooms::{Context, Settings, run};
 use k8s_openapi::api::core::v1::{Namespace, Pod, Secret, ServiceAccount};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Api, Patch, PatchParams, PostParams};
@@ -262,6 +264,8 @@ impl World {
             clock: Arc::new(Timestamp::now),
             settings,
             metrics: Arc::default(),
+            events: Events::new(self.client.clone()),
+            readiness: Readiness::default(),
         };
         let task = tokio::spawn(async move { run(context, events).await });
         Dispatcher { agents, task }
@@ -317,6 +321,9 @@ pub(crate) struct Seen {
     /// How often a repository was opened, and pruned.
     pub(crate) opened: usize,
     pub(crate) pruned: usize,
+    /// Whether prunes do not end, and the one that does not.
+    pub(crate) hold_prunes: bool,
+    pub(crate) pruning: Option<String>,
     /// Nodes that were told other access keys, and these.
     pub(crate) renewed: BTreeSet<(String, String)>,
 }
@@ -339,6 +346,11 @@ impl Fleet {
     /// Lets what is held end.
     pub(crate) fn release(&self) {
         self.seen.send_modify(|seen| seen.hold = false);
+    }
+
+    /// Prunes do not end by themselves.
+    pub(crate) fn hold_prunes(&self) {
+        self.seen.send_modify(|seen| seen.hold_prunes = true);
     }
 
     pub(crate) fn seen(&self) -> Seen {
@@ -372,12 +384,14 @@ impl Fleet {
     ) -> AgentTask {
         let running: Vec<String> = {
             let seen = self.seen.borrow();
-            seen.running.iter().filter(|(_, on)| *on == node).map(|(job, _)| job.clone()).collect()
+            let on_node = seen.running.iter().filter(|(_, on)| *on == node);
+            on_node.map(|(job, _)| job.clone()).collect()
         };
+        let pruning = self.seen.borrow().pruning.clone();
         let hello = Hello {
             node: node.to_owned(),
             capacity,
-            running: running.clone(),
+            running: running.iter().cloned().chain(pruning).collect(),
             ..Default::default()
         };
         let (membership, mut messages) = dispatcher.agents.join(hello).await;
@@ -443,9 +457,12 @@ impl Fleet {
             return;
         }
         if let Some(Work::Prune(_)) = &job.work {
-            let pruned = Pruned { packs_deleted: 7, ..Default::default() };
+            if self.seen().hold_prunes {
+                self.seen.send_modify(|seen| seen.pruning = Some(job.id));
+                return;
+            }
             self.seen.send_modify(|seen| seen.pruned += 1);
-            membership.finished(finished(&job.id, Outcome::Pruned(pruned))).await;
+            membership.finished(pruned(&job.id)).await;
             return;
         }
         if let Some(Work::Restore(work)) = &job.work {
@@ -535,6 +552,10 @@ fn finished(job: &str, outcome: Outcome) -> Finished {
 
 fn restored(job: &str) -> Finished {
     finished(job, Outcome::Restored(Restored { bytes: 100, ..Default::default() }))
+}
+
+pub(crate) fn pruned(job: &str) -> Finished {
+    finished(job, Outcome::Pruned(Pruned { packs_deleted: 7, ..Default::default() }))
 }
 
 pub(crate) fn saved(job: &str) -> Finished {

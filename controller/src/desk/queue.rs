@@ -2,9 +2,11 @@
 //! assign now, and, for each that goes on waiting, why.
 //!
 //! Restores come first: somebody waits for them. Among the others each backup gets its turn, so that a large one
-//! does not hold up a small one; within a backup the oldest comes first. A job whose node cannot take it holds
-//! nobody up.
+//! does not hold up a small one; a new one has its first turn after those that are there, so that many small ones do
+//! not hold up a large one either. Within a backup the oldest comes first. A job whose node cannot take it holds nobody
+//! up.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What kind of work a job is.
@@ -62,7 +64,7 @@ pub enum Why {
     Agent,
 }
 
-/// Whose turn it is: which groups were served, in which order.
+/// Whose turn it is: in which order groups were served, or first seen.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Turns {
     last: BTreeMap<(Kind, String), u64>,
@@ -81,8 +83,19 @@ impl Turns {
         self.last.retain(|group, _| alive.contains(group));
     }
 
+    /// New groups stand behind all others, in the order of `waiting`.
+    fn welcome(&mut self, waiting: &[&Waiting]) {
+        for job in waiting {
+            let group = (job.kind, job.group.clone());
+            if let Entry::Vacant(new) = self.last.entry(group) {
+                self.count += 1;
+                new.insert(self.count);
+            }
+        }
+    }
+
     fn of(&self, waiting: &Waiting) -> u64 {
-        self.last.get(&(waiting.kind, waiting.group.clone())).copied().unwrap_or(0)
+        self.last.get(&(waiting.kind, waiting.group.clone())).copied().unwrap_or(u64::MAX)
     }
 }
 
@@ -107,13 +120,14 @@ pub fn plan(
     let mut left: Vec<&Waiting> = waiting.iter().collect();
     // By age, so that the first of a group is its oldest.
     left.sort_by(|a, b| (a.created, &a.id).cmp(&(b.created, &b.id)));
+    turns.welcome(&left);
     let mut plan = Plan::default();
     loop {
         let free = left.iter().enumerate().filter(|(_, job)| {
             load.obstacle(&job.node, capacity.get(&job.node).copied(), limits).is_none()
         });
         // The first of several equal ones is taken: the oldest.
-        let next = free.min_by_key(|(_, job)| (job.kind, turns.of(job), job.group.clone()));
+        let next = free.min_by_key(|(_, job)| (job.kind, turns.of(job)));
         let Some((at, job)) = next else {
             break;
         };
@@ -198,7 +212,7 @@ mod tests {
         more.push(job("b2", Kind::Backup, "b", 10, "n"));
         more.push(job("c1", Kind::Backup, "c", 11, "n"));
         let second = plan(&more, &[], &nodes(&[("n", 9)]), THREE, &mut turns);
-        assert_eq!(second.assign, ["c1", "a2", "b2"], "who was not served yet, then by turns");
+        assert_eq!(second.assign, ["a2", "b2", "c1"], "by turns, and who is new comes last");
     }
 
     #[test]
@@ -219,6 +233,28 @@ mod tests {
         assert_eq!(plan.assign, ["good"]);
         let why: Vec<Why> = ["lost", "full", "busy"].map(|id| plan.wait[id]).to_vec();
         assert_eq!(why, [Why::NoAgent, Why::Agent, Why::Node]);
+    }
+
+    #[test]
+    fn a_steady_stream_of_small_backups_does_not_starve_a_large_one() {
+        let mut turns = Turns::default();
+        let one = Limits { cluster: 1, node: 0 };
+        let mut left: Vec<Waiting> =
+            (0..5).map(|n| job(&format!("large{n}"), Kind::Backup, "large", n, "n")).collect();
+        let mut rounds = 0;
+        // In each round two small ones come, and one job is assigned.
+        while left.iter().any(|job| job.group == "large") {
+            for n in 0..2 {
+                let name = format!("small{rounds}-{n}");
+                left.push(job(&name, Kind::Backup, &name, 100 + rounds, "n"));
+            }
+            let alive = left.iter().map(|job| (job.kind, job.group.clone())).collect();
+            turns.retain(&alive);
+            let plan = plan(&left, &[], &nodes(&[("n", 9)]), one, &mut turns);
+            left.retain(|job| !plan.assign.contains(&job.id));
+            rounds += 1;
+            assert!(rounds < 200, "{left:?}");
+        }
     }
 
     fn jobs() -> impl Strategy<Value = Vec<Waiting>> {

@@ -4,10 +4,10 @@ use k8s_openapi::api::core::v1::{ContainerState, PersistentVolume, PersistentVol
 use kube::Client;
 use kube::api::Api;
 
+use super::find::{claim_of, find};
 use super::job::Ready;
 use super::object::Object;
 use crate::api::RESTORE_UID;
-use crate::volume::{claim_of, find};
 
 /// Names of the init container that waits for volumes to be restored: ours and Velero's, and that of old versions.
 const WAITERS: [&str; 2] = ["restore-wait", "restic-wait"];

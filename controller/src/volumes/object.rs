@@ -10,7 +10,7 @@ use crate::api::{
     BACKUP_NAME, PodVolumeBackup, PodVolumePhase, PodVolumeRestore, RESTORE_NAME, RESTORE_UID,
     Timestamp,
 };
-use crate::queue::Kind;
+use crate::desk::queue::Kind;
 
 /// One of both.
 #[derive(Debug, Clone)]
@@ -164,6 +164,27 @@ impl Object {
         }
     }
 
+    /// The same, where it ended otherwise. Of what another version means by its phase, nothing is known.
+    pub fn late_snapshot<'a>(&self, finished: &'a Finished) -> Option<&'a str> {
+        self.unnamed_snapshot(finished).filter(|_| self.may_be_late())
+    }
+
+    /// Whether an agent may have made a snapshot for it that its status does not name.
+    pub fn may_be_late(&self) -> bool {
+        let ended = matches!(self.phase(), PodVolumePhase::Failed | PodVolumePhase::Canceled);
+        let named = |object: &PodVolumeBackup| {
+            let status = object.status.as_ref();
+            status.is_some_and(|it| it.snapshot_id.as_ref().is_some_and(|id| !id.is_empty()))
+        };
+        ended && matches!(self, Self::Backup(object) if !named(object))
+    }
+
+    /// How often it was given to an agent; at least once when it has a place.
+    pub fn attempts(&self) -> i64 {
+        let known = either!(self, object => object.status.as_ref().and_then(|it| it.attempts));
+        known.unwrap_or(1).max(1)
+    }
+
     /// Whether it is to end: somebody says so, or deletes it, which another's finalizer may hold up.
     pub fn is_cancelled(&self) -> bool {
         either!(self, object => object.spec.cancel == Some(true)
@@ -190,6 +211,8 @@ pub enum Update {
         /// Bytes in all; 0: unknown.
         total: u64,
     },
+    /// Its agent did not bring it to its end; it is given to it for the so many-th time.
+    Again(i64),
     /// It was told to end.
     Canceling,
     /// It ended because it was told to.
@@ -209,7 +232,11 @@ impl Update {
     /// again. The end is written in any case.
     pub fn needs_version(&self) -> bool {
         match self {
-            Self::Note(_) | Self::Accept(_) | Self::Progress { .. } | Self::Canceling => true,
+            Self::Note(_)
+            | Self::Accept(_)
+            | Self::Progress { .. }
+            | Self::Again(_)
+            | Self::Canceling => true,
             Self::Canceled(_)
             | Self::Fail(_)
             | Self::Finish(_)
@@ -230,7 +257,8 @@ pub fn patch(object: &Object, update: &Update, now: Timestamp) -> Value {
     match update {
         Update::Note(message) => json!({"phase": "New", "message": message}),
         Update::Accept(node) => {
-            json!({"phase": "Accepted", "acceptedTimestamp": now, "node": node, "message": null})
+            json!({"phase": "Accepted", "acceptedTimestamp": now, "node": node, "message": null,
+                   "attempts": 1})
         }
         Update::Progress { done, total } => {
             let mut progress = json!({"bytesDone": signed(*done)});
@@ -246,6 +274,7 @@ pub fn patch(object: &Object, update: &Update, now: Timestamp) -> Value {
             }
             status
         }
+        Update::Again(attempts) => json!({"attempts": attempts}),
         Update::Canceling => json!({"phase": "Canceling"}),
         Update::Canceled(message) => ended("Canceled", message),
         Update::Fail(message) => ended("Failed", message),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::ResourceExt;
 
-use super::check::Checked;
+use super::check::Usable;
 use super::passphrase::EXPORTED;
 use crate::api::common::duration;
 use crate::api::location::{BackupStorageLocationStatus, LocationPhase};
@@ -36,7 +36,7 @@ pub fn frequency(location: &BackupStorageLocation) -> Option<Duration> {
 /// The status after a check.
 pub fn status(
     location: &BackupStorageLocation,
-    checked: &Checked,
+    checked: Result<&Usable, &String>,
     checked_at: Timestamp,
     reach: &Reach,
     now: Timestamp,
@@ -88,7 +88,11 @@ struct Said {
 }
 
 // No message is empty: API servers of 1.20 take an empty string for null.
-fn conditions_of(checked: &Checked, reach: &Reach, cut_off: &[String]) -> Vec<Said> {
+fn conditions_of(
+    checked: Result<&Usable, &String>,
+    reach: &Reach,
+    cut_off: &[String],
+) -> Vec<Said> {
     let said = |kind, status, reason, message: &str| Said {
         kind,
         status,
@@ -171,22 +175,21 @@ pub fn not_default_any_more<'a>(
 mod tests {
     use serde_json::json;
 
-    use super::super::check::Usable;
     use super::*;
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()
     }
 
-    fn usable(exported: bool) -> Checked {
-        Ok(Usable {
+    fn usable(exported: bool) -> Usable {
+        Usable {
             repository_exists: true,
             repository: proto::v1::Repository::default(),
             previous_passphrase: Vec::new(),
             secret: "the-secret".to_owned(),
             exported,
             remarks: vec!["spec.config.x is ignored".to_owned()],
-        })
+        }
     }
 
     fn condition<'a>(status: &'a BackupStorageLocationStatus, kind: &str) -> &'a Condition {
@@ -200,7 +203,7 @@ mod tests {
         location.metadata.name = Some("here".to_owned());
         let reach =
             Reach::from([("a".to_owned(), None), ("b".to_owned(), Some("no route".into()))]);
-        let first = status(&location, &usable(false), at(10), &reach, at(11));
+        let first = status(&location, Ok(&usable(false)), at(10), &reach, at(11));
         assert_eq!(first.phase, Some(LocationPhase::Available));
         let message = first.message.clone().unwrap();
         assert!(message.contains("b (no route)") && message.contains("x is ignored"), "{message}");
@@ -209,12 +212,12 @@ mod tests {
         assert!(key.message.contains("'the-secret'") && key.message.contains(EXPORTED));
         assert_eq!(condition(&first, "ReachableFromNodes").status, "False");
         location.status = Some(first);
-        let second = status(&location, &usable(true), at(20), &Reach::new(), at(21));
+        let second = status(&location, Ok(&usable(true)), at(20), &Reach::new(), at(21));
         assert_eq!(condition(&second, "KeyNotExported").status, "False");
         assert_eq!(condition(&second, "KeyNotExported").last_transition_time.0, at(21));
         assert_eq!(condition(&second, "Available").last_transition_time.0, at(11));
         assert_eq!(condition(&second, "ReachableFromNodes").status, "Unknown");
-        let third = status(&location, &Err("no".to_owned()), at(30), &Reach::new(), at(31));
+        let third = status(&location, Err(&"no".to_owned()), at(30), &Reach::new(), at(31));
         assert_eq!(third.phase, Some(LocationPhase::Unavailable));
         assert!(third.message.as_ref().unwrap().ends_with("is unavailable: no"));
         assert_eq!(
@@ -229,7 +232,7 @@ mod tests {
         let reach = (0..5000).map(|n| (format!("node-{n:04}"), Some("no route".repeat(100))));
         let all = status(
             &BackupStorageLocation::default(),
-            &usable(true),
+            Ok(&usable(true)),
             at(0),
             &reach.collect(),
             at(0),

@@ -1,5 +1,5 @@
-//! The repository of a location: opened by an agent before anything uses it, pruned regularly, and reported in
-//! its `BackupRepository`. Pure decisions; `dispatch` carries them out.
+//! What is known of one repository, and what to do about it: pure. It is opened by an agent before anything uses it,
+//! pruned regularly, and reported in its `BackupRepository`.
 
 use std::time::Duration;
 
@@ -7,13 +7,14 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use kube::Resource;
 use proto::v1::{Finished, Prune, Repository, finished::Outcome};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use crate::api::common::duration;
 use crate::api::repository::Maintenance;
 use crate::api::{
     BackupRepository, BackupRepositorySpec, BackupStorageLocation, STORAGE_LOCATION, Timestamp,
 };
-use crate::location::check::Usable;
+use crate::places::check::Usable;
 
 /// `spec.repositoryType` of what this program makes.
 pub const TYPE: &str = "ebackup";
@@ -41,9 +42,9 @@ pub struct Keeper {
     /// Why it could not be opened the last time, if so.
     pub failed: Option<String>,
     /// Not before this time is opening tried again.
-    pub open_at: Option<Timestamp>,
+    pub open_at: Option<Instant>,
     /// Not before this time is pruning tried again.
-    pub prune_at: Option<Timestamp>,
+    pub prune_at: Option<Instant>,
 }
 
 /// Whether a repository was opened.
@@ -68,10 +69,12 @@ pub enum Opened {
 pub struct Run {
     /// Its id.
     pub job: String,
-    /// The node that it runs on.
-    pub node: String,
-    /// When it was assigned.
+    /// The node that it runs on, once it has a place.
+    pub node: Option<String>,
+    /// When it was asked for.
     pub began: Timestamp,
+    /// Since when its agent is away.
+    pub away_since: Option<Instant>,
 }
 
 /// What to do.
@@ -107,13 +110,13 @@ impl Keeper {
         opening.into_iter().chain(&self.prune)
     }
 
-    /// What to do now.
+    /// What to do now: by the clock of people where days are counted, by the other one where it only waits.
     pub fn next(
         &self,
         usable: Option<&Usable>,
         read_only: bool,
         every: Duration,
-        now: Timestamp,
+        now: (Timestamp, Instant),
     ) -> Option<Step> {
         let usable = usable?;
         if self.writing {
@@ -122,20 +125,34 @@ impl Keeper {
         let Some(object) = &self.object else {
             return Some(Step::Create);
         };
+        let due = |at: Option<Instant>| at.is_none_or(|at| at <= now.1);
         if !self.is_open(usable) {
-            let due = self.open_at.is_none_or(|at| at <= now);
             return match &self.opened {
                 Opened::Opening { .. } => None,
                 _ if read_only => Some(Step::Trust),
-                _ => due.then_some(Step::Open),
+                _ => due(self.open_at).then_some(Step::Open),
             };
         }
-        let may = !read_only && self.prune.is_none() && self.prune_at.is_none_or(|at| at <= now);
-        (may && is_due(object, every, now)).then_some(Step::Prune)
+        let may = !read_only && self.prune.is_none() && due(self.prune_at);
+        (may && is_due(object, every, now.0)).then_some(Step::Prune)
+    }
+
+    /// The job with this id, if it is one of its own.
+    pub fn run_mut(&mut self, job: &str) -> Option<&mut Run> {
+        let opening = match &mut self.opened {
+            Opened::Opening { run, .. } => Some(run),
+            _ => None,
+        };
+        opening.into_iter().chain(&mut self.prune).find(|run| run.job == job)
     }
 
     /// Notes what came of a job. Returns the new status as a merge patch, or nothing when it is not one of its own.
-    pub fn finished(&mut self, finished: &Finished, now: Timestamp) -> Option<Value> {
+    pub fn finished(
+        &mut self,
+        finished: &Finished,
+        every: Duration,
+        now: (Timestamp, Instant),
+    ) -> Option<Value> {
         if let Opened::Opening { run, what } = &self.opened
             && run.job == finished.job_id
         {
@@ -150,7 +167,7 @@ impl Keeper {
                 }
                 outcome => {
                     self.opened = Opened::No;
-                    self.open_at = now.checked_add(OPEN_AGAIN).ok();
+                    self.open_at = Some(now.1 + OPEN_AGAIN);
                     self.failed = Some(failure(outcome.as_ref()));
                     json!({"phase": "NotReady", "message": failure(outcome.as_ref())})
                 }
@@ -160,34 +177,40 @@ impl Keeper {
             return None;
         }
         let run = self.prune.take()?;
-        let (result, message) = match &finished.outcome {
-            Some(Outcome::Pruned(done)) => (
-                "Succeeded",
-                format!(
+        let (result, message, again) = match &finished.outcome {
+            Some(Outcome::Pruned(done)) => {
+                let message = format!(
                     "deleted {} packs ({} bytes), rewrote {} bytes, {} packs wait",
                     done.packs_deleted, done.bytes_deleted, done.bytes_repacked, done.packs_waiting
-                ),
-            ),
-            outcome => {
-                self.prune_at = now.checked_add(PRUNE_AGAIN).ok();
-                ("Failed", failure(outcome.as_ref()))
+                );
+                ("Succeeded", message, self.every(every))
             }
+            outcome => ("Failed", failure(outcome.as_ref()), PRUNE_AGAIN),
         };
+        // Also where its status cannot be written: then only this tells that it was done.
+        self.prune_at = Some(now.1 + again);
         let status = self.object.as_ref().and_then(|object| object.status.clone());
         let mut recent = status.and_then(|status| status.recent_maintenance).unwrap_or_default();
         recent.push(Maintenance {
             result: Some(result.to_owned()),
             start_timestamp: Some(Time(run.began)),
-            complete_timestamp: Some(Time(now)),
+            complete_timestamp: Some(Time(now.0)),
             message: Some(message),
         });
         let excess = recent.len().saturating_sub(REMEMBERED);
         recent.drain(..excess);
         let mut patch = json!({"recentMaintenance": recent});
         if result == "Succeeded" {
-            patch["lastMaintenanceTime"] = json!(Time(now));
+            patch["lastMaintenanceTime"] = json!(Time(now.0));
         }
         Some(patch)
+    }
+
+    /// This is what is opened.
+    pub fn opening(&mut self, repository: Repository) {
+        if let Opened::Opening { what, .. } = &mut self.opened {
+            **what = repository;
+        }
     }
 
     /// There is no repository any more: where it was open, it is to be made again.
@@ -197,29 +220,51 @@ impl Keeper {
         }
     }
 
-    /// The agent of a node is away: what it was opening is opened by another one.
-    pub fn lost(&mut self, node: &str) {
-        if matches!(&self.opened, Opened::Opening { run, .. } if run.node == node) {
+    /// A job's agent lacks it, or is away for so long that another one does it: it is done again. Whether there was
+    /// such a job.
+    pub fn lost(&mut self, job: &str, now: Instant) -> bool {
+        if matches!(&self.opened, Opened::Opening { run, .. } if run.job == job) {
             self.opened = Opened::No;
+            return true;
         }
+        let prune = self.prune.take_if(|run| run.job == job);
+        if prune.as_ref().is_some_and(|run| run.away_since.is_some()) {
+            self.prune_at = Some(now + PRUNE_AGAIN);
+        }
+        prune.is_some()
     }
 
-    /// The agent of a node will not come back: what it was pruning is pruned again later.
-    pub fn gone(&mut self, node: &str) {
-        if let Some(run) = self.prune.take_if(|run| run.node == node) {
-            self.prune_at = run.began.checked_add(PRUNE_AGAIN).ok();
-        }
+    /// Jobs whose agents have been away for too long: another one opens at once, for volumes wait; a prune is given
+    /// time to come back.
+    pub fn overdue(&self, patience: Duration, now: Instant) -> Vec<String> {
+        let opening = match &self.opened {
+            Opened::Opening { run, .. } if run.away_since.is_some() => Some(run),
+            _ => None,
+        };
+        let is_over = |run: &&Run| run.away_since.is_some_and(|since| now >= since + patience);
+        let prune = self.prune.iter().filter(is_over);
+        opening.into_iter().chain(prune).map(|run| run.job.clone()).collect()
     }
 
-    /// The agent of a node is back, and has only the jobs for which `has` holds.
-    pub fn connected(&mut self, node: &str, has: impl Fn(&str) -> bool) {
-        let gone = |run: &Run| run.node == node && !has(&run.job);
-        if matches!(&self.opened, Opened::Opening { run, .. } if gone(run)) {
-            self.opened = Opened::No;
+    /// An agent runs a prune that a controller before this one gave it.
+    pub fn adopt(&mut self, job: &str, node: &str, now: Timestamp) -> bool {
+        let uid = self
+            .object
+            .as_ref()
+            .and_then(|object| object.metadata.uid.as_deref())
+            .unwrap_or_default();
+        let is_prune = job.strip_prefix(uid).is_some_and(|rest| rest.starts_with("-prune-"));
+        if uid.is_empty() || !is_prune || self.prune.is_some() {
+            return false;
         }
-        if self.prune.as_ref().is_some_and(gone) {
-            self.prune = None;
-        }
+        let (job, node) = (job.to_owned(), Some(node.to_owned()));
+        self.prune = Some(Run { job, node, began: now, away_since: None });
+        true
+    }
+
+    /// How often it is pruned, where nobody says otherwise.
+    fn every(&self, usual: Duration) -> Duration {
+        self.object.as_ref().map_or(usual, |object| every(object, usual))
     }
 }
 
@@ -230,10 +275,14 @@ fn failure(outcome: Option<&Outcome>) -> String {
     }
 }
 
+/// How often a repository is pruned. Zero: never.
+fn every(object: &BackupRepository, usual: Duration) -> Duration {
+    duration("spec.maintenanceFrequency", &object.spec.maintenance_frequency).unwrap_or(usual)
+}
+
 /// Whether it is time to prune: so long after the last time, or after the object was made.
-fn is_due(object: &BackupRepository, every: Duration, now: Timestamp) -> bool {
-    let every =
-        duration("spec.maintenanceFrequency", &object.spec.maintenance_frequency).unwrap_or(every);
+fn is_due(object: &BackupRepository, usual: Duration, now: Timestamp) -> bool {
+    let every = every(object, usual);
     let status = object.status.as_ref();
     let last = status.and_then(|status| status.last_maintenance_time.as_ref());
     let last = last.or(object.metadata.creation_timestamp.as_ref());
@@ -272,8 +321,13 @@ mod tests {
 
     const DAY: Duration = Duration::from_secs(86400);
 
-    fn at(second: i64) -> Timestamp {
-        Timestamp::from_second(second).unwrap()
+    /// The same second on both clocks.
+    struct Clocks(Instant);
+
+    impl Clocks {
+        fn at(&self, second: u64) -> (Timestamp, Instant) {
+            (Timestamp::from_second(second as i64).unwrap(), self.0 + Duration::from_secs(second))
+        }
     }
 
     fn usable() -> Usable {
@@ -293,12 +347,14 @@ mod tests {
 
     fn keeper() -> Keeper {
         let mut made = object(&BackupStorageLocation::default(), DAY);
-        made.metadata.creation_timestamp = Some(Time(at(0)));
+        made.metadata.creation_timestamp = Some(Time(Timestamp::UNIX_EPOCH));
+        made.metadata.uid = Some("uid".to_owned());
         Keeper { object: Some(made), ..Keeper::default() }
     }
 
     fn run(job: &str) -> Run {
-        Run { job: job.to_owned(), node: "n".to_owned(), began: at(1) }
+        let began = Timestamp::UNIX_EPOCH;
+        Run { job: job.to_owned(), node: Some("n".to_owned()), began, away_since: None }
     }
 
     fn finished(job: &str, outcome: Outcome) -> Finished {
@@ -309,26 +365,34 @@ mod tests {
         Outcome::Failure(Failure { kind: 0, message: "why".to_owned() })
     }
 
+    fn pruned() -> Outcome {
+        Outcome::Pruned(Pruned::default())
+    }
+
     #[test]
     fn a_repository_is_opened_first_and_again_when_it_is_another_one() {
+        let clocks = Clocks(Instant::now());
         let mut usable = usable();
-        let step =
-            |keeper: &Keeper, usable: &Usable, now| keeper.next(Some(usable), false, DAY, at(now));
-        assert_eq!(Keeper::default().next(None, false, DAY, at(0)), None);
+        let step = |keeper: &Keeper, usable: &Usable, now| {
+            keeper.next(Some(usable), false, DAY, clocks.at(now))
+        };
+        assert_eq!(Keeper::default().next(None, false, DAY, clocks.at(0)), None);
         assert_eq!(step(&Keeper::default(), &usable, 0), Some(Step::Create));
         let mut keeper = keeper();
         assert_eq!(step(&keeper, &usable, 0), Some(Step::Open));
-        assert_eq!(keeper.next(Some(&usable), true, DAY, at(0)), Some(Step::Trust));
+        assert_eq!(keeper.next(Some(&usable), true, DAY, clocks.at(0)), Some(Step::Trust));
         let what = Box::new(identity(&usable.repository));
         keeper.opened = Opened::Opening { run: run("o"), what: what.clone() };
         assert_eq!(step(&keeper, &usable, 0), None);
-        assert_eq!(keeper.finished(&finished("x", failure()), at(0)), None, "of somebody else");
-        let patch = keeper.finished(&finished("o", failure()), at(0)).unwrap();
+        let of_another = keeper.finished(&finished("x", failure()), DAY, clocks.at(0));
+        assert_eq!(of_another, None);
+        let patch = keeper.finished(&finished("o", failure()), DAY, clocks.at(0)).unwrap();
         assert_eq!((&patch["phase"], &patch["message"]), (&json!("NotReady"), &json!("why")));
         assert_eq!(step(&keeper, &usable, 29), None, "not at once");
         assert_eq!(step(&keeper, &usable, 30), Some(Step::Open));
         keeper.opened = Opened::Opening { run: run("o"), what };
-        let patch = keeper.finished(&finished("o", Outcome::Opened(Answer::default())), at(0));
+        let opened = Outcome::Opened(Answer::default());
+        let patch = keeper.finished(&finished("o", opened), DAY, clocks.at(0));
         assert_eq!(patch.unwrap()["phase"], "Ready");
         assert!(keeper.is_open(&usable) && step(&keeper, &usable, 0).is_none());
         usable.repository.credentials = Some(Credentials::default());
@@ -339,32 +403,32 @@ mod tests {
 
     #[test]
     fn prune_runs_daily_one_at_a_time_and_never_on_what_is_only_read() {
+        let clocks = Clocks(Instant::now());
         let usable = usable();
         let mut keeper = keeper();
         keeper.opened = Opened::Yes(Box::new(identity(&usable.repository)));
         let day = 86400;
-        let step =
-            |keeper: &Keeper, now, read_only| keeper.next(Some(&usable), read_only, DAY, at(now));
+        let step = |keeper: &Keeper, now, read_only| {
+            keeper.next(Some(&usable), read_only, DAY, clocks.at(now))
+        };
         assert_eq!(step(&keeper, day - 1, false), None);
         assert_eq!(step(&keeper, day, false), Some(Step::Prune));
         assert_eq!(step(&keeper, day, true), None);
         keeper.prune = Some(run("p"));
         assert_eq!(step(&keeper, day, false), None);
-        let patch = keeper.finished(&finished("p", failure()), at(day)).unwrap();
+        let patch = keeper.finished(&finished("p", failure()), DAY, clocks.at(day)).unwrap();
         assert_eq!(patch["recentMaintenance"][0]["result"], "Failed");
         assert_eq!(patch.get("lastMaintenanceTime"), None);
         assert_eq!(step(&keeper, day + 3599, false), None);
         assert_eq!(step(&keeper, day + 3600, false), Some(Step::Prune));
         for _ in 0..30 {
             keeper.prune = Some(run("p"));
-            let done = finished("p", Outcome::Pruned(Pruned::default()));
-            let patch = keeper.finished(&done, at(day)).unwrap();
+            let patch = keeper.finished(&finished("p", pruned()), DAY, clocks.at(day)).unwrap();
             let status = serde_json::from_value(patch).unwrap();
             keeper.object.as_mut().unwrap().status = Some(status);
         }
         let status = keeper.object.as_ref().unwrap().status.as_ref().unwrap();
         assert_eq!(status.recent_maintenance.as_ref().unwrap().len(), 25);
-        keeper.prune_at = None;
         assert_eq!(step(&keeper, 2 * day - 1, false), None);
         assert_eq!(step(&keeper, 2 * day, false), Some(Step::Prune));
         keeper.object.as_mut().unwrap().spec.maintenance_frequency = "0s".to_owned();
@@ -372,24 +436,46 @@ mod tests {
     }
 
     #[test]
-    fn what_a_lost_agent_was_at_is_done_by_another_one() {
+    fn what_was_pruned_is_not_pruned_again_at_once_though_its_object_does_not_tell() {
+        let clocks = Clocks(Instant::now());
+        let usable = usable();
         let mut keeper = keeper();
+        keeper.opened = Opened::Yes(Box::new(identity(&usable.repository)));
+        keeper.prune = Some(run("p"));
+        let _refused = keeper.finished(&finished("p", pruned()), DAY, clocks.at(86400)).unwrap();
+        let step = |now| keeper.next(Some(&usable), false, DAY, clocks.at(now));
+        assert_eq!(step(86401), None);
+        assert_eq!(step(2 * 86400), Some(Step::Prune));
+    }
+
+    #[test]
+    fn what_a_lost_agent_was_at_is_done_by_another_one() {
+        let clocks = Clocks(Instant::now());
+        let (mut keeper, patience) = (keeper(), Duration::from_secs(600));
         let what = Box::new(Repository::default());
-        let opening = Opened::Opening { run: run("o"), what };
-        keeper.opened = opening.clone();
-        keeper.lost("other");
-        assert_eq!(keeper.opened, opening);
+        keeper.opened = Opened::Opening { run: run("o"), what };
         keeper.prune = Some(run("p"));
-        keeper.lost("n");
-        assert_eq!(keeper.opened, Opened::No);
-        keeper.connected("n", |job| job == "p");
-        assert!(keeper.prune.is_some(), "it goes on");
-        keeper.connected("n", |_| false);
-        assert!(keeper.prune.is_none());
-        keeper.prune = Some(run("p"));
-        keeper.gone("other");
-        assert!(keeper.prune.is_some());
-        keeper.gone("n");
-        assert!(keeper.prune.is_none(), "another one may");
+        let begun = clocks.at(0).1;
+        assert!(keeper.overdue(patience, begun).is_empty());
+        for job in ["o", "p"] {
+            keeper.run_mut(job).unwrap().away_since = Some(begun);
+        }
+        assert_eq!(keeper.overdue(patience, begun), ["o"], "volumes wait for it");
+        assert!(keeper.lost("o", begun) && keeper.opened == Opened::No);
+        assert!(keeper.overdue(patience, clocks.at(599).1).is_empty(), "it may come back");
+        assert_eq!(keeper.overdue(patience, clocks.at(600).1), ["p"]);
+        assert!(keeper.lost("p", clocks.at(600).1) && !keeper.lost("p", begun));
+        assert!(keeper.prune_at.is_some(), "not at once");
+    }
+
+    #[test]
+    fn a_prune_of_an_earlier_controller_goes_on() {
+        let mut keeper = keeper();
+        let now = Timestamp::UNIX_EPOCH;
+        for other in ["uid-open-1", "other-prune-1", "uid"] {
+            assert!(!keeper.adopt(other, "n", now), "{other}");
+        }
+        assert!(keeper.adopt("uid-prune-1", "n", now));
+        assert!(!keeper.adopt("uid-prune-2", "n", now), "one at a time");
     }
 }

@@ -4,9 +4,9 @@ use std::io::IoSlice;
 use std::time::Duration;
 
 use objects::ObjectStore;
-use objects::s3::{S3Config, S3Store};
 
-use super::config::advice;
+use super::config::{Description, advice};
+use super::store::Store;
 
 /// How long a validation may take. Connecting has limits of its own, so the thread behind ends, too.
 const LIMIT: Duration = Duration::from_secs(25);
@@ -18,13 +18,27 @@ pub struct Proof {
     pub repository_exists: bool,
 }
 
-/// Tries the store: by listing alone when it is only read.
+/// Tries the store, the open one if it is the same: by listing alone when it is only read. Returns it.
 ///
 /// # Errors
 /// What went wrong, and what to do.
-pub async fn validate(config: S3Config, read_only: bool) -> Result<Proof, String> {
-    let location = format!("bucket '{}'", config.bucket);
-    let trial = tokio::task::spawn_blocking(move || attempt(config, read_only));
+pub async fn validate(
+    described: Description,
+    open: Option<Store>,
+    read_only: bool,
+) -> Result<(Store, Proof), String> {
+    let location = format!("bucket '{}'", described.s3.bucket);
+    let trial = tokio::task::spawn_blocking(move || {
+        let Description { s3, access_key, key, repository, .. } = described;
+        let store = match open.filter(|open| open.is_of(&repository)) {
+            Some(open) => {
+                open.key().exchange(access_key);
+                open
+            }
+            None => Store::open(s3, key, &repository)?,
+        };
+        attempt(&store, read_only).map(|proof| (store, proof))
+    });
     match tokio::time::timeout(LIMIT, trial).await {
         Ok(Ok(done)) => done.map_err(|error| advice(&error)),
         Ok(Err(_)) => Err(format!("the validation of {location} broke off")),
@@ -36,8 +50,8 @@ pub async fn validate(config: S3Config, read_only: bool) -> Result<Proof, String
     }
 }
 
-fn attempt(config: S3Config, read_only: bool) -> objects::Result<Proof> {
-    let store = S3Store::open(config)?;
+fn attempt(store: &Store, read_only: bool) -> objects::Result<Proof> {
+    let store = store.objects();
     let name = format!("{}/config", proto::REPOSITORY_FOLDER);
     if !read_only {
         let mut random = [0; 8];

@@ -1,11 +1,13 @@
 //! Writes statuses, again and again until it is done or cannot be.
 
 use std::fmt::Debug;
+use std::sync::Arc;
 use std::time::Duration;
 
 use kube::api::{Api, Patch, PatchParams};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// Between attempts, at least and at most.
 const WAIT: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
@@ -28,12 +30,33 @@ pub struct Precondition {
     pub version: Option<String>,
 }
 
+/// How many requests of a room are under way at once: a backup of thousands must not keep the API server from everything
+/// else. A turn is for one request: who waits before he tries again holds none, so that what is refused again and again
+/// keeps nobody from being served.
+#[derive(Debug, Clone)]
+pub struct RequestTurns(Arc<Semaphore>);
+
+impl RequestTurns {
+    /// So many at once.
+    pub fn new(most: usize) -> Self {
+        Self(Arc::new(Semaphore::new(most)))
+    }
+
+    /// A turn, until it is dropped.
+    pub async fn take(&self) -> Option<SemaphorePermit<'_>> {
+        // Nobody closes it.
+        self.0.acquire().await.ok()
+    }
+}
+
 /// Changes the status by a merge patch.
 ///
 /// # Errors
-/// When it was refused for good. While the API server does not answer it goes on trying.
+/// When it was refused for good, after a pause in which whoever changed it is heard of. While the API server does not
+/// answer it goes on trying.
 pub async fn write_status<K>(
     api: &Api<K>,
+    turns: &RequestTurns,
     name: &str,
     precondition: &Precondition,
     status: &Value,
@@ -47,13 +70,20 @@ where
     }
     let (mut wait, most) = WAIT;
     loop {
-        let error = match api.patch(name, &PatchParams::default(), &Patch::Merge(&body)).await {
+        let answer = {
+            let _turn = turns.take().await;
+            api.patch(name, &PatchParams::default(), &Patch::Merge(&body)).await
+        };
+        let error = match answer {
             Ok(object) => return Ok(object),
             Err(error) => error,
         };
         if let kube::Error::Api(status) = &error {
             match status.code {
-                404 => return Err(Refused::Gone),
+                404 => {
+                    tokio::time::sleep(WAIT.0).await;
+                    return Err(Refused::Gone);
+                }
                 // A policy of the cluster may forbid it, or the object be too large.
                 400 | 403 | 413 | 422 => {
                     tracing::error!(name, %error, "a status is not as the API server wants it");
@@ -62,7 +92,6 @@ where
                 }
                 409 => {
                     tracing::debug!(name, %error, "a change of status was refused");
-                    // Time for whoever changed it to be heard of.
                     tokio::time::sleep(WAIT.0).await;
                     return Err(Refused::Conflict);
                 }

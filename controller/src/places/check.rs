@@ -1,6 +1,7 @@
 //! Reads a location's Secrets, tries its store, and sees to its passphrase.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use k8s_openapi::api::core::v1::{Secret, SecretKeySelector};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -8,13 +9,14 @@ use kube::api::{Api, PostParams};
 use kube::{Client, ResourceExt};
 use proto::v1::Repository;
 
-use super::config::{Secrets, store};
+use super::config::{Description, Secrets, describe};
 use super::passphrase::{Decision, KEY, Passphrase, SecretFacts, decide, random, secret_name};
+use super::store::Store;
 use super::validate::validate;
 use crate::api::BackupStorageLocation;
 
 /// What agents need for a location that works.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct Usable {
     /// Store and passphrase.
     pub repository: Repository,
@@ -30,17 +32,33 @@ pub struct Usable {
     pub remarks: Vec<String>,
 }
 
+impl fmt::Debug for Usable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { repository, repository_exists, secret, exported, remarks, .. } = self;
+        f.debug_struct("Usable")
+            .field("repository", repository)
+            .field("repository_exists", repository_exists)
+            .field("secret", secret)
+            .field("exported", exported)
+            .field("remarks", remarks)
+            .finish_non_exhaustive()
+    }
+}
+
 /// What a check found: a location that works, or why it does not and what to do.
 pub type Checked = Result<Usable, String>;
 
-/// Checks.
+/// Checks, with the store that the check before left open, if there is one. Returns the one that is open now: after a
+/// failure none, so that the next check finds out anew what is wrong.
 ///
 /// # Errors
 /// When the cluster does not answer, which says nothing about the location.
 pub async fn check(
     client: &Client,
     location: &BackupStorageLocation,
-) -> Result<Checked, kube::Error> {
+    open: Option<Store>,
+) -> Result<(Checked, Option<Store>), kube::Error> {
+    let unusable = |why: String| Ok((Err(why), None));
     let namespace = location.namespace().unwrap_or_default();
     let secrets: Api<Secret> = Api::namespaced(client.clone(), &namespace);
     let spec = &location.spec;
@@ -49,40 +67,41 @@ pub async fn check(
     let named =
         spec.object_storage.ca_cert_ref.as_ref().filter(|named| named.optional != Some(true));
     if let (Some(named), None) = (named, &ca) {
-        return Ok(Err(format!(
+        return unusable(format!(
             "Secret '{}' with key '{}' (spec.objectStorage.caCertRef) does not exist: create it",
             named.name, named.key
-        )));
+        ));
     }
     let given = Secrets { credential: credential.as_deref(), ca: ca.as_deref() };
-    let store = match store(location, given) {
-        Ok(store) => store,
-        Err(why) => return Ok(Err(why)),
+    let described = match describe(location, given) {
+        Ok(described) => described,
+        Err(why) => return unusable(why),
     };
-    let proof = match validate(store.s3, spec.is_read_only()).await {
-        Ok(proof) => proof,
-        Err(why) => return Ok(Err(why)),
+    let Description { repository, remarks, .. } = described.clone();
+    let (store, proof) = match validate(described, open, spec.is_read_only()).await {
+        Ok(proven) => proven,
+        Err(why) => return unusable(why),
     };
     let name = secret_name(location);
     let found = secrets.get_opt(&name).await?;
     let decision = decision_on(found.as_ref(), proof.repository_exists, spec.is_read_only(), &name);
     let (passphrase, exported) = match decision {
         Decision::Use { passphrase, exported } => (passphrase, exported),
-        Decision::Refuse(why) => return Ok(Err(why)),
+        Decision::Refuse(why) => return unusable(why),
         Decision::Create => match create(&secrets, &name, location).await? {
             Ok(passphrase) => (passphrase, false),
-            Err(why) => return Ok(Err(why)),
+            Err(why) => return unusable(why),
         },
     };
-    let repository = Repository { passphrase: passphrase.current, ..store.repository };
-    Ok(Ok(Usable {
-        repository,
+    let usable = Usable {
+        repository: Repository { passphrase: passphrase.current, ..repository },
         repository_exists: proof.repository_exists,
         previous_passphrase: passphrase.previous,
         secret: name,
         exported,
-        remarks: store.remarks,
-    }))
+        remarks,
+    };
+    Ok((Ok(usable), Some(store)))
 }
 
 fn decision_on(secret: Option<&Secret>, exists: bool, read_only: bool, name: &str) -> Decision {
@@ -134,5 +153,26 @@ async fn create(
         Decision::Use { passphrase, .. } => Ok(Ok(passphrase)),
         Decision::Refuse(why) => Ok(Err(why)),
         Decision::Create => Ok(Err(format!("Secret '{name}' vanished"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_secret_is_printed() {
+        let usable = Usable {
+            repository: Repository { passphrase: b"hidden".to_vec(), ..Default::default() },
+            repository_exists: true,
+            previous_passphrase: b"hidden".to_vec(),
+            secret: "the-secret".to_owned(),
+            exported: false,
+            remarks: Vec::new(),
+        };
+        let text = format!("{usable:?}");
+        // As text, and as bytes are shown.
+        assert!(text.contains("the-secret") && !text.contains("hidden"), "{text}");
+        assert!(!text.contains("104, 105"), "{text}");
     }
 }

@@ -10,11 +10,15 @@ use crate::api::BackupStorageLocation;
 /// Requests that a probe makes of a store that does not answer. A job makes more: it has more to lose.
 const ATTEMPTS: u32 = 3;
 
-/// A location's store.
+/// What a location's store is.
 #[derive(Debug, Clone)]
-pub struct Store {
+pub struct Description {
     /// For requests from here, below the location's prefix.
     pub s3: S3Config,
+    /// The access key in force.
+    pub access_key: AccessKey,
+    /// The same for the store, which can be given another while it is used.
+    pub key: SharedKey,
     /// For agents; without passphrase.
     pub repository: Repository,
     /// What was ignored, and what to do about it.
@@ -30,11 +34,14 @@ pub struct Secrets<'a> {
     pub ca: Option<&'a [u8]>,
 }
 
-/// Works out the store of a location.
+/// Works out what the store of a location is.
 ///
 /// # Errors
 /// Which field is wrong, and what to write there.
-pub fn store(location: &BackupStorageLocation, secrets: Secrets<'_>) -> Result<Store, String> {
+pub fn describe(
+    location: &BackupStorageLocation,
+    secrets: Secrets<'_>,
+) -> Result<Description, String> {
     let spec = &location.spec;
     let mut remarks = Vec::new();
     let (known, aws): (&[&str], bool) = match &*spec.provider {
@@ -84,7 +91,8 @@ pub fn store(location: &BackupStorageLocation, secrets: Secrets<'_>) -> Result<S
     let storage = &spec.object_storage;
     let prefix = storage.prefix.as_deref().unwrap_or_default().trim_matches('/');
     let url = format!("s3://{}/{prefix}", storage.bucket);
-    let source = CredentialSource::Shared(SharedKey::new(key.clone()));
+    let shared = SharedKey::new(key.clone());
+    let source = CredentialSource::Shared(shared.clone());
     let made = S3Config::new(&url, endpoint, spec.setting("region"), source);
     let mut s3 = made.map_err(|error| advice(&error))?;
     let path_style = match spec.setting("s3ForcePathStyle").filter(|_| aws) {
@@ -113,13 +121,13 @@ pub fn store(location: &BackupStorageLocation, secrets: Secrets<'_>) -> Result<S
         },
         ca_certificates: s3.ca_certificates.clone(),
         credentials: Some(Credentials {
-            access_key: key.key,
-            secret_key: key.secret,
-            session_token: key.session_token.unwrap_or_default(),
+            access_key: key.key.clone(),
+            secret_key: key.secret.clone(),
+            session_token: key.session_token.clone().unwrap_or_default(),
         }),
         ..Default::default()
     };
-    Ok(Store { s3, repository, remarks })
+    Ok(Description { s3, access_key: key, key: shared, repository, remarks })
 }
 
 fn access_key(
@@ -199,8 +207,8 @@ mod tests {
 
     const KEY: &[u8] = b"HUAWEI_CLOUD_ACCESS_KEY_ID=key\nHUAWEI_CLOUD_SECRET_ACCESS_KEY=hidden\n";
 
-    fn read(spec: Value) -> Result<Store, String> {
-        store(&location(spec), Secrets { credential: Some(KEY), ca: None })
+    fn read(spec: Value) -> Result<Description, String> {
+        describe(&location(spec), Secrets { credential: Some(KEY), ca: None })
     }
 
     /// As the documentation of e-backup has it, the placeholder filled in.
@@ -242,7 +250,7 @@ data: # credential文件经过base64编码后得到的字符串
             serde_saphyr::from_str(SAMPLE_SECRET).unwrap();
         let data = secret.data.unwrap();
         let secrets = Secrets { credential: Some(&data["cloud"].0), ca: None };
-        let store = store(&location, secrets).unwrap();
+        let store = describe(&location, secrets).unwrap();
         let s3 = &store.s3;
         assert_eq!((&*s3.bucket, &*s3.prefix), ("tools-cce", "for-backup/"));
         assert_eq!(s3.endpoint.as_deref(), Some("https://obs.cn-north-4.myhuaweicloud.com"));
@@ -266,7 +274,7 @@ data: # credential文件经过base64编码后得到的字符串
             "publicUrl": "https://x", "profile": "p", "checksumAlgorithm": "", "kmsKeyId": "k",
         });
         let location = location(spec("velero.io/aws", config));
-        let store = store(&location, Secrets { credential: Some(ini), ca: None }).unwrap();
+        let store = describe(&location, Secrets { credential: Some(ini), ca: None }).unwrap();
         assert_eq!(store.s3.endpoint.as_deref(), Some("http://minio:9000"));
         assert_eq!((&*store.s3.region, store.s3.addressing), ("minio", Addressing::Path));
         assert_eq!(store.repository.addressing, i32::from(v1::Addressing::Path));
@@ -282,7 +290,7 @@ data: # credential文件经过base64编码后得到的字符串
         let mut with = spec("huawei", json!({"endpoint": "https://obs.example.com"}));
         with["objectStorage"]["caCert"] = json!("LS0tLS1C\nRUdJTiA=");
         let store_of = |spec: Value, ca| {
-            store(&location(spec), Secrets { credential: Some(KEY), ca }).unwrap()
+            describe(&location(spec), Secrets { credential: Some(KEY), ca }).unwrap()
         };
         let inline = store_of(with.clone(), Some(b"other"));
         assert_eq!(inline.s3.ca_certificates, b"-----BEGIN ");
@@ -321,10 +329,10 @@ data: # credential文件经过base64编码后得到的字符串
             let why = read(spec.clone()).unwrap_err();
             assert!(why.contains(part) && !why.contains("hidden"), "{spec}: {why}");
         }
-        let none = store(&location(huawei()), Secrets::default()).unwrap_err();
+        let none = describe(&location(huawei()), Secrets::default()).unwrap_err();
         assert!(none.contains("Secret 's' in namespace 'velero'"), "{none}");
         let empty = Secrets { credential: Some(b"x"), ca: None };
-        let why = store(&location(huawei()), empty).unwrap_err();
+        let why = describe(&location(huawei()), empty).unwrap_err();
         assert!(why.contains("HUAWEI_CLOUD_ACCESS_KEY_ID"), "{why}");
     }
 }
