@@ -107,17 +107,13 @@ pub struct Heard {
     pub shelves: watch::Receiver<Option<Arc<Shelves>>>,
 }
 
+/// What a check found, and the store that it left open; or why the cluster does not answer.
+type CheckedStore = Result<(Checked, Option<Store>), kube::Error>;
+
 #[derive(Debug)]
 enum Note {
-    Checked {
-        name: String,
-        spec_of: Arc<BackupStorageLocation>,
-        found: Result<(Checked, Option<Store>), kube::Error>,
-    },
-    Written {
-        name: String,
-        done: Result<BackupStorageLocation, Refused>,
-    },
+    Checked { name: String, spec_of: Arc<BackupStorageLocation>, found: Box<CheckedStore> },
+    Written { name: String, done: Result<Box<BackupStorageLocation>, Refused> },
 }
 
 /// Runs until the watch ends.
@@ -349,7 +345,7 @@ impl Room {
 
     fn note(&mut self, note: Note) {
         match note {
-            Note::Checked { name, spec_of, found } => self.checked(&name, spec_of, found),
+            Note::Checked { name, spec_of, found } => self.checked(&name, spec_of, *found),
             Note::Written { name, done } => self.written(&name, done),
         }
     }
@@ -412,17 +408,12 @@ impl Room {
         let (name, object) = (name.to_owned(), location.object.clone());
         let (client, store) = (self.context.client.clone(), location.store.clone());
         self.spawn(async move {
-            let found = check(&client, &object, store).await;
+            let found = Box::new(check(&client, &object, store).await);
             Note::Checked { name, spec_of: object, found }
         });
     }
 
-    fn checked(
-        &mut self,
-        name: &str,
-        of: Arc<BackupStorageLocation>,
-        found: Result<(Checked, Option<Store>), kube::Error>,
-    ) {
+    fn checked(&mut self, name: &str, of: Arc<BackupStorageLocation>, found: CheckedStore) {
         let (at, when) = ((self.context.clock)(), Instant::now());
         let Some(location) = self.locations.get_mut(name) else {
             return;
@@ -510,17 +501,17 @@ impl Room {
             let precondition = Precondition { uid, version: None };
             let api = Api::<BackupStorageLocation>::namespaced(client, &namespace);
             let done = write_status(&api, &turns, &name, &precondition, &body).await;
-            Note::Written { name, done }
+            Note::Written { name, done: done.map(Box::new) }
         });
     }
 
-    fn written(&mut self, name: &str, done: Result<BackupStorageLocation, Refused>) {
+    fn written(&mut self, name: &str, done: Result<Box<BackupStorageLocation>, Refused>) {
         let Some(location) = self.locations.get_mut(name) else {
             return;
         };
         location.writing = false;
         match done {
-            Ok(object) if location.object.uid() == object.uid() => location.see(object),
+            Ok(object) if location.object.uid() == object.uid() => location.see(*object),
             Ok(_) | Err(Refused::Gone) => {}
             Err(Refused::Conflict) => location.unsaid = true,
         }

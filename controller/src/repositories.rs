@@ -225,7 +225,7 @@ impl Room {
                     Has::No => self.give_up(&name, &job, now),
                 }
             }
-            Notice::Finished { node, finished } => self.finished(node, finished),
+            Notice::Finished { node, finished } => self.finished(node, &finished),
             Notice::Stray { job, node } => self.stray(job, node),
             Notice::Waits { .. } | Notice::Progress(_) => {}
         }
@@ -291,7 +291,7 @@ impl Room {
     }
 
     /// Notes what came of a job, and writes it.
-    fn finished(&mut self, node: String, finished: Finished) {
+    fn finished(&mut self, node: String, finished: &Finished) {
         let now = ((self.context.clock)(), Instant::now());
         let (every, job) = (self.context.settings.prune_every, finished.job_id.clone());
         let found = self.known.iter_mut().find_map(|(name, keeper)| {
@@ -299,7 +299,7 @@ impl Room {
             if run.node.as_ref() != Some(&node) {
                 return None;
             }
-            Some((name.clone(), keeper.finished(&finished, every, now)?))
+            Some((name.clone(), keeper.finished(finished, every, now)?))
         });
         let Some((name, status)) = found else {
             // Nobody's any more: whatever it did is found out again.

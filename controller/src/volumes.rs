@@ -286,7 +286,7 @@ impl Room {
                 self.change(&job, |it| it.progress = Some(progress));
                 job
             }
-            Notice::Finished { node, finished } => return self.finished(node, finished),
+            Notice::Finished { node, finished } => return self.finished(node, *finished),
             // The desk ends them by itself.
             Notice::Stray { .. } => return,
         };

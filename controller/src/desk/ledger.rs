@@ -159,7 +159,7 @@ pub enum Notice {
         /// Where it ran.
         node: String,
         /// What came of it.
-        finished: Finished,
+        finished: Box<Finished>,
     },
 }
 
@@ -451,7 +451,8 @@ impl Ledger {
                 return;
             }
         }
-        post.tell(Owner::of(job), Notice::Finished { node, finished });
+        let owner = Owner::of(job);
+        post.tell(owner, Notice::Finished { node, finished: Box::new(finished) });
     }
 
     /// These credentials are in force now, by location: agents that work with others are told.

@@ -241,7 +241,8 @@ fn who_connects_is_sent_what_it_lacks_and_told_to_end_what_nobody_wants() {
         assert!(told.contains(&Notice::Agent { job: uid(name), has }), "{name}: {told:?}");
     }
     assert!(told.contains(&Notice::Stray { job: prune, node: "n".to_owned() }), "{told:?}");
-    let ended = Notice::Finished { node: "n".to_owned(), finished: finished(&uid("ended")) };
+    let ended =
+        Notice::Finished { node: "n".to_owned(), finished: Box::new(finished(&uid("ended"))) };
     assert!(told.contains(&ended), "{told:?}");
     assert_eq!(desk.sent(), [cancelled("n", &stray)]);
 }
@@ -293,7 +294,8 @@ fn an_outcome_from_a_wrong_node_changes_nothing() {
     desk.join("n", 9, &[], Vec::new());
     desk.join("liar", 9, &[], Vec::new());
     desk.run("a", "n");
-    (desk.told(), desk.sent());
+    desk.told();
+    desk.sent();
     desk.hear(says_finished("liar", &uid("a")));
     assert_eq!((desk.told(), desk.sent()), (vec![], vec![recorded("liar", &uid("a"))]));
 }
@@ -303,7 +305,7 @@ fn an_outcome_of_what_nobody_holds_goes_to_its_owner() {
     let mut desk = Desk::new(9);
     desk.join("n", 9, &[], Vec::new());
     desk.hear(says_finished("n", &uid("old")));
-    let told = Notice::Finished { node: "n".to_owned(), finished: finished(&uid("old")) };
+    let told = Notice::Finished { node: "n".to_owned(), finished: Box::new(finished(&uid("old"))) };
     assert_eq!(desk.told(), [told]);
     assert!(desk.sent().is_empty(), "only its owner has it recorded");
 }
