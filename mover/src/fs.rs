@@ -13,6 +13,7 @@
 //! errors of this module are bare [`std::io::Error`]s.
 
 mod attrs;
+mod close;
 mod dir;
 mod holes;
 mod limits;
@@ -22,7 +23,11 @@ mod remove;
 mod traits;
 mod xattr;
 
-pub use attrs::{ApplyOptions, Attr, AttrFailure, Current, Target, apply};
+pub use attrs::{
+    ApplyOptions, Attr, AttrFailure, CAPABILITY, Current, Target, apply, gives_rights,
+    is_own_attribute,
+};
+pub use close::close;
 pub use dir::{Dir, is_plain_name};
 pub use holes::{DataRanges, data_ranges};
 pub use limits::raise_open_files;

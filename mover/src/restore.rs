@@ -1,32 +1,48 @@
 //! Puts the content of a snapshot back into a folder.
 //!
 //! ```text
-//!  tree, in order ─> planner ─ folders: made at once (0700), their extras deleted
+//!  tree, in order ─> planner ─ folders: found, or made at once (0700); the names in them compared with the tree
 //!                       │
 //!                       └─ files ─> window: pieces (blob -> file, offset), up to a byte budget
 //!                                      │
-//!        fetch: each blob once, in pack order, by all threads ─> create, write, finish
+//!        fetch: each blob once, in pack order, by all threads ─> create, write, finish, close
 //!                                      │
-//!        read back and verify ─> hard links ─> folders that ended: owner … times, deepest first
+//!        read back and verify ─> names ─> hard links ─> folders that ended: owner … times, deepest first
 //! ```
+//! # Where files are written
+//! In a folder that we have just made nobody else can do anything yet: small files get their names at once. Everywhere
+//! else, and what is written piece by piece, waits in a [hidden folder](hidden) until it is whole and has its
+//! metadata; then one rename puts it in the place of what has its name. So an existing file goes only when the
+//! new one is there. Writing into existing files has to be asked for.
+//!
+//! # What is left in the target
+//! Exactly what the snapshot has, of everything that was asked for: attributes and ACLs that it lacks are removed, as is
+//! what new entries inherit from the folder. What is not asked for stays as it is.
+//!
 //! # Memory
 //! One window, one read a thread, and the path from the root to where the planner stands. Nothing
 //! grows with the number of files, of links, or with the size of a file or folder.
 //!
 //! # Failures
-//! What cannot be fetched fails only the files it belongs to: such a file is removed, counted and
+//! What cannot be fetched or written fails only the files it belongs to: such a file is counted and
 //! reported, all others are restored. Attributes that cannot be set are warnings. Only a full or
 //! read-only target, an unreachable store and cancellation end the whole restore.
 //!
 //! # Whom it trusts
 //! Neither the tree (names are checked one by one) nor whoever owns the target: everything goes through
 //! [`crate::fs`], so nothing is ever written outside the target, and never through a symlink or an
-//! existing hard link.
+//! existing hard link. Owner and special rights are given only to content that was written or compared by us.
 
-mod extras;
+mod existing;
 mod folders;
+mod hidden;
+mod levels;
 mod links;
+mod place;
 mod plan;
+mod present;
+mod relink;
+mod settle;
 mod verify;
 mod window;
 mod write;
@@ -43,8 +59,12 @@ use rustix::io::Errno;
 
 use crate::fs::{AttrFailure, Dir, is_plain_name};
 use crate::monitor::{Concern, Monitor, Warning, display_path};
-use folders::Folders;
+use folders::{Folders, ROOT, Site};
+use hidden::HiddenFolders;
 use links::Links;
+
+pub use hidden::is_leftover;
+pub use place::Protected;
 
 /// What happens to files that are in the target already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -54,9 +74,10 @@ pub enum Overwrite {
     #[default]
     Always,
     /// As `Always`, except that content of the same kind, size and modification time is left as it is
-    /// and gets its metadata only, and that no folder is removed for a file.
+    /// and gets its metadata only, and that no folder is removed for a file. What belongs to another user, or would
+    /// get special rights, is replaced all the same. With `verify`, the content is compared, too.
     IfChanged,
-    /// Everything that exists is left as it is; what is missing in existing folders is added.
+    /// Everything that exists is left as it is; what is missing in existing folders is added. Nothing is deleted.
     Never,
 }
 
@@ -65,13 +86,20 @@ pub enum Overwrite {
 pub struct RestoreOptions {
     /// What happens to files that are there already.
     pub overwrite: Overwrite,
-    /// Remove names that the snapshot lacks from the folders that are restored.
+    /// Remove names that the snapshot lacks from the folders that are restored: not what the backup did not look
+    /// into, nor what lies in another file system than the target.
     pub delete: bool,
+    /// Write large files (of more than one piece, from about a mebibyte) into the place of existing ones, for want of
+    /// room for both: not those that get special rights, change their owner or have several names. Whatever
+    /// ends the restore early then costs the file that is being written, the old and the new.
+    pub in_place: bool,
+    /// What is neither changed nor removed.
+    pub protected: Protected,
     /// Read everything back and compare it with its keyed hashes.
     pub verify: bool,
     /// Touch nothing, tell what would be done.
     pub dry_run: bool,
-    /// Set owner and group.
+    /// Set owner and group. Without it nothing gets special rights (setuid, setgid, capabilities) either.
     pub owner: bool,
     /// Wait at the end until everything is on stable storage.
     pub sync: bool,
@@ -88,6 +116,8 @@ impl Default for RestoreOptions {
         Self {
             overwrite: Overwrite::default(),
             delete: false,
+            in_place: false,
+            protected: Protected::default(),
             verify: false,
             dry_run: false,
             owner: rustix::process::geteuid().is_root(),
@@ -157,6 +187,9 @@ pub struct RestoreSummary {
     pub files_failed: u64,
     /// How many of them the target would not take; what the others need is damaged in the repository.
     pub files_refused: u64,
+    /// Files and folders that the snapshot has not, or not wholly, since they could not be read when they were saved.
+    /// What there is of them is restored.
+    pub files_incomplete: u64,
 }
 
 /// Restores what `request` says.
@@ -166,57 +199,85 @@ pub struct RestoreSummary {
 /// fails, or the monitor cancels. Single files that fail are counted instead.
 pub fn restore(request: &Request<'_>) -> Result<RestoreSummary> {
     let dry_run = request.options.dry_run;
-    let (target, fresh) = match &request.opened {
-        Some(opened) => (Some(opened.clone()), false),
+    let target = match &request.opened {
+        Some(opened) => Opened { dir: Some(opened.clone()), fresh: false, made: false },
         None => open_target(request.target, dry_run)?,
     };
+    let opened = |error: io::Error| {
+        let message =
+            format!("the folder '{}' cannot be looked at: {error}", request.target.display());
+        Error::new(error_kind(&error), message)
+    };
+    let mut site = Site { fresh: target.fresh, dev: 0, base: ROOT };
+    if let Some(dir) = &target.dir {
+        site.dev = dir.stat().map_err(opened)?.dev;
+        if request.options.protected.holds(dir).map_err(opened)? {
+            let message = format!(
+                "'{}' lies in the repository (its files, key or cache): restore to another folder",
+                request.target.display()
+            );
+            return Err(Error::new(ErrorKind::Invalid, message));
+        }
+    }
     let shared = Shared {
         repository: request.repository,
         options: &request.options,
         monitor: request.monitor,
-        folders: Folders::new(target),
+        folders: Folders::new(target.dir.clone(), site),
+        hidden: HiddenFolders::default(),
+        waiting: AtomicU64::default(),
         links: Links::default(),
         counters: Counters::default(),
         stopped: AtomicBool::new(false),
         fatal: Mutex::default(),
     };
-    if !dry_run && !fresh {
-        shared.remove_stale_links()?;
-    }
-    let mut planner = plan::Planner::new(&shared, request, fresh)?;
-    let done = planner.run();
-    if done.is_err() {
-        planner.remove_unfinished();
-    }
-    if !dry_run {
-        let removed = shared.folders.root().and_then(|root| shared.links.remove(&root));
-        if let Err(error) = removed {
-            shared.warn(&[], format!("the folder of hard links cannot be removed: {error}"));
+    let done = plan::Planner::new(&shared, request, target.fresh).and_then(|mut planner| {
+        let done = planner.run();
+        if done.is_err() {
+            planner.remove_unfinished();
         }
+        shared.remove_hidden(None);
+        done.map(|()| planner.finish_target())
+    });
+    if let Err(error) = done {
+        if target.made {
+            // Only if it is empty.
+            let _removed = std::fs::remove_dir(request.target);
+        }
+        return Err(error);
     }
-    done?;
-    planner.finish_root();
     if request.options.sync && !dry_run {
         shared.sync()?;
     }
     Ok(shared.counters.summary())
 }
 
-fn open_target(path: &Path, dry_run: bool) -> Result<(Option<Dir>, bool)> {
+/// The target.
+struct Opened {
+    /// Missing if a dry run would make it.
+    dir: Option<Dir>,
+    /// Whether nothing is in it, and nothing new in it inherits anything.
+    fresh: bool,
+    made: bool,
+}
+
+fn open_target(path: &Path, dry_run: bool) -> Result<Opened> {
     let fail = |error: io::Error| {
         let message = format!("cannot open the folder '{}' to restore to: {error}", path.display());
         Error::new(error_kind(&error), message)
     };
     match Dir::open_root(path) {
-        Ok(dir) => return Ok((Some(dir), false)),
+        Ok(dir) => return Ok(Opened { dir: Some(dir), fresh: false, made: false }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(fail(error)),
     }
     if dry_run {
-        return Ok((None, true));
+        return Ok(Opened { dir: None, fresh: true, made: false });
     }
     std::fs::create_dir_all(path).map_err(fail)?;
-    Ok((Some(Dir::open_root(path).map_err(fail)?), true))
+    let dir = Dir::open_root(path).map_err(fail)?;
+    let fresh = dir.own_xattrs().is_ok_and(|xattrs| xattrs.entries.is_empty());
+    Ok(Opened { dir: Some(dir), fresh, made: true })
 }
 
 fn error_kind(error: &io::Error) -> ErrorKind {
@@ -234,6 +295,9 @@ struct Shared<'a> {
     options: &'a RestoreOptions,
     monitor: &'a dyn Monitor,
     folders: Folders,
+    hidden: HiddenFolders,
+    /// How many things have waited in hidden folders.
+    waiting: AtomicU64,
     links: Links,
     counters: Counters,
     stopped: AtomicBool,
@@ -251,6 +315,7 @@ struct Counters {
     warnings: AtomicU64,
     files_failed: AtomicU64,
     files_refused: AtomicU64,
+    files_incomplete: AtomicU64,
 }
 
 impl Counters {
@@ -266,6 +331,7 @@ impl Counters {
             warnings: read(&self.warnings),
             files_failed: read(&self.files_failed),
             files_refused: read(&self.files_refused),
+            files_incomplete: read(&self.files_incomplete),
         }
     }
 }
@@ -283,6 +349,20 @@ impl Shared<'_> {
             message: message.into(),
             concern: Concern::Detail,
         });
+    }
+
+    /// Reports something that is restored as it was saved, while it changed.
+    fn warn_changed(&self, path: &[u8], message: &str) {
+        count(&self.counters.warnings, 1);
+        let (path, message, concern) = (path.into(), message.into(), Concern::Changed);
+        self.monitor.warning(Warning { path, message, concern });
+    }
+
+    /// Reports something that the snapshot does not have, or not wholly.
+    fn tell_incomplete(&self, path: &[u8], message: &str) {
+        count(&self.counters.files_incomplete, 1);
+        let (path, message, concern) = (path.into(), message.into(), Concern::Missing);
+        self.monitor.warning(Warning { path, message, concern });
     }
 
     /// Reports a file or folder that could not be restored.
@@ -310,7 +390,7 @@ impl Shared<'_> {
 
     fn warn_attributes(&self, path: &[u8], failures: &[AttrFailure]) {
         for failure in failures {
-            self.warn(path, format!("cannot be set: {failure}"));
+            self.warn(path, failure.told());
         }
     }
 
@@ -338,16 +418,6 @@ impl Shared<'_> {
         let synced = self.folders.root().and_then(|root| Ok(rustix::fs::syncfs(&root)?));
         synced.map_err(|error| {
             Error::new(error_kind(&error), format!("the target cannot be made durable: {error}"))
-        })
-    }
-
-    /// Removes what a restore that was killed has left behind.
-    fn remove_stale_links(&self) -> Result<()> {
-        let root = self.folders.root();
-        let removed = root.and_then(|root| links::remove_stale(&root, &self.options.scratch));
-        removed.map_err(|error| {
-            let message = format!("leftovers of an earlier restore cannot be removed: {error}");
-            Error::new(error_kind(&error), message)
         })
     }
 }

@@ -345,25 +345,32 @@ pub(super) struct Restore {
     /// Folder to restore into: the content of the saved folder lands directly in it.
     #[arg(long, short, value_name = "DIR")]
     pub(super) target: PathBuf,
-    /// Restore only what matches. May be given several times.
+    /// Restore only what matches, and leave everything else in DIR, and DIR itself, as it is. May be
+    /// given several times.
     #[arg(long, value_name = "GLOB")]
     pub(super) include: Vec<String>,
     /// Leave out what matches. May be given several times.
     #[arg(long, value_name = "GLOB")]
     pub(super) exclude: Vec<String>,
-    /// What to do with files that exist.
+    /// What to do with files that exist. A file is replaced when the new one is whole, never before.
     #[arg(long, value_enum, value_name = "WHEN", default_value = "if-changed")]
     pub(super) overwrite: OverwriteArg,
-    /// Delete what the snapshot lacks from the folders that are restored.
+    /// Delete what the snapshot lacks from the folders that are restored: not what the backup did not
+    /// look into, nor anything in another file system than DIR.
     #[arg(long)]
     pub(super) delete: bool,
-    /// Read back and compare everything that was written.
+    /// Write large files into the place of existing ones, where there is no room for both. If the
+    /// restore fails, the old one is lost.
+    #[arg(long)]
+    pub(super) in_place: bool,
+    /// Read back and compare everything that was written or left as unchanged.
     #[arg(long)]
     pub(super) verify: bool,
     /// Tell what would be restored, and write nothing.
     #[arg(long)]
     pub(super) dry_run: bool,
-    /// Leave everything to the user who restores. Setuid and setgid bits are then left out.
+    /// Leave everything to the user who restores. Setuid and setgid bits and capabilities are then
+    /// left out.
     #[arg(long)]
     pub(super) no_owner: bool,
     /// Wait at the end until everything is on stable storage.
@@ -375,7 +382,7 @@ pub(super) struct Restore {
 pub(super) enum OverwriteArg {
     /// Replace them.
     Always,
-    /// Replace them if size or modification time differ.
+    /// Replace them if size or modification time differ, or if they belong to another user.
     IfChanged,
     /// Leave them.
     Never,

@@ -3,19 +3,21 @@
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 use chunkstore::id::SnapshotId;
+use chunkstore::repository::Repository;
 use chunkstore::{Error, ErrorKind};
 use ignore::gitignore::{Gitignore, GitignoreBuilder};
 use serde::Serialize;
 
-use super::args::{Global, Restore};
+use super::args::{Global, OverwriteArg, Restore};
 use super::output::{Output, bytes, seconds};
 use super::progress::Progress;
-use super::{DONE, INCOMPLETE, browse, secret, snapshot};
-use crate::restore::{FilterResult, Request, RestoreOptions, RestoreSummary, restore};
+use super::secret::Place;
+use super::{DONE, INCOMPLETE, UsageError, browse, secret, snapshot};
+use crate::restore::{FilterResult, Protected, Request, RestoreOptions, RestoreSummary, restore};
 
 /// The last line of `restore --json`.
 #[derive(Serialize)]
@@ -33,6 +35,10 @@ pub(super) fn run(
     output: &Output,
     cancelled: &Arc<AtomicBool>,
 ) -> Result<u8> {
+    if args.delete && matches!(args.overwrite, OverwriteArg::Never) {
+        let message = "--delete removes what exists, --overwrite never leaves it: give one of them";
+        return Err(UsageError(message.to_owned()).into());
+    }
     let resources = secret::resources(global)?;
     let filter = Filter::new(args)?;
     let repository = secret::open(global)?;
@@ -59,6 +65,8 @@ pub(super) fn run(
         options: RestoreOptions {
             overwrite: args.overwrite.into(),
             delete: args.delete,
+            in_place: args.in_place,
+            protected: protected(global, &repository),
             verify: args.verify,
             dry_run: args.dry_run,
             owner: !args.no_owner,
@@ -92,6 +100,7 @@ pub(super) fn run(
         (summary.skipped_unchanged, "files were there already"),
         (summary.deleted, "names deleted that the snapshot lacks"),
         (summary.warnings, "warnings"),
+        (summary.files_incomplete, "files or folders are not, or not wholly, in the snapshot"),
         (summary.files_failed, "FILES COULD NOT BE RESTORED"),
     ] {
         if count > 0 {
@@ -100,13 +109,37 @@ pub(super) fn run(
     }
     let dry_run = args.dry_run;
     output.summary(global, &SummaryLine { snapshot: id, summary, seconds: elapsed, dry_run })?;
-    Ok(if summary.files_failed > 0 { INCOMPLETE } else { DONE })
+    let mut code = DONE;
+    if summary.files_failed > 0 || summary.files_incomplete > 0 {
+        code = INCOMPLETE;
+    }
+    for glob in filter.iter().flat_map(Filter::unmatched) {
+        output.note(format!("nothing in the snapshot matches --include '{glob}'"));
+        code = INCOMPLETE;
+    }
+    Ok(code)
+}
+
+/// What must survive a restore into a folder that holds it.
+fn protected(global: &Global, repository: &Repository) -> Protected {
+    let mut protected = Protected::default();
+    if let Ok(Place::Folder(path)) = secret::place(global.repo.as_deref()) {
+        protected.add(&path);
+    }
+    let id = Repository::identify(repository.store()).ok();
+    let default_key = id.and_then(|id| secret::default_key_file(id).ok());
+    let cache = secret::cache_dir(&global.s3);
+    let given = [&global.key_file, &global.password_file, &default_key, &cache];
+    given.into_iter().flatten().for_each(|path| protected.add(path));
+    protected
 }
 
 /// Which paths to restore.
 struct Filter {
     include: Option<Gitignore>,
     exclude: Gitignore,
+    /// Each pattern to include by itself, and whether it has matched.
+    each: Vec<(String, Gitignore, AtomicBool)>,
 }
 
 impl Filter {
@@ -127,12 +160,25 @@ impl Filter {
             Ok(rules.build()?)
         };
         let include = if args.include.is_empty() { None } else { Some(build(&args.include)?) };
-        Ok(Some(Self { include, exclude: build(&args.exclude)? }))
+        let mut each = Vec::new();
+        for glob in args.include.iter().filter(|glob| !glob.starts_with('!')) {
+            let alone = build(std::slice::from_ref(glob))?;
+            each.push((glob.clone(), alone, AtomicBool::new(false)));
+        }
+        Ok(Some(Self { include, exclude: build(&args.exclude)?, each }))
+    }
+
+    /// Patterns to include that nothing has matched.
+    fn unmatched(&self) -> impl Iterator<Item = &str> {
+        let none = self.each.iter().filter(|(_, _, matched)| !matched.load(Ordering::Relaxed));
+        none.map(|(glob, ..)| &glob[..])
     }
 
     fn decide(&self, path: &[u8], is_dir: bool) -> FilterResult {
         if path.is_empty() {
-            return FilterResult::Take;
+            // Who asks for something in it does not ask for the folder itself.
+            let part = self.include.is_some();
+            return if part { FilterResult::Skip } else { FilterResult::Take };
         }
         let path = Path::new(std::ffi::OsStr::from_bytes(path));
         if self.exclude.matched_path_or_any_parents(path, is_dir).is_ignore() {
@@ -142,7 +188,16 @@ impl Filter {
             Some(include) if !include.matched_path_or_any_parents(path, is_dir).is_ignore() => {
                 FilterResult::Skip
             }
-            _ => FilterResult::Take,
+            _ => {
+                for (_, alone, matched) in &self.each {
+                    if !matched.load(Ordering::Relaxed)
+                        && alone.matched_path_or_any_parents(path, is_dir).is_ignore()
+                    {
+                        matched.store(true, Ordering::Relaxed);
+                    }
+                }
+                FilterResult::Take
+            }
         }
     }
 }

@@ -214,7 +214,8 @@ fn open_bucket(url: &str, options: &args::S3) -> Result<Arc<dyn ObjectStore>> {
         .with_context(|| format!("cannot use '{url}' as a repository"))
 }
 
-fn cache_dir(options: &args::S3) -> Option<PathBuf> {
+/// Where index segments are kept: given, or in the user's folder for caches.
+pub(super) fn cache_dir(options: &args::S3) -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     options.cache_dir.clone().or_else(|| {
         let cache = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")));

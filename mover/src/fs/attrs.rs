@@ -1,21 +1,24 @@
-//! Metadata put back on what was restored.
+//! Metadata put back on what was restored: exactly what the snapshot has, and nothing else.
 //!
 //! ```text
-//! owner ─> mode ─> extended attributes ─> mode again, when an ACL moved it ─> mtime
+//! owner ─> extended attributes: unwanted ones removed, wanted ones set ─> mode ─> mtime
 //!   └ clears setuid bits and security.capability, so it comes first
 //! ```
+//! The mode comes after the attributes, since only who may write to a file may set its `user.*` ones, and since
+//! an ACL moves the mode.
 //!
 //! Symlinks, devices, FIFOs and sockets are pinned with an `O_PATH` handle and checked to be of the
 //! expected kind before anything is applied: there is no call that changes the mode of a name
 //! without following symlinks (before Linux 6.6), and what was swapped in must not get the owner.
 //!
-//! Not done: extended attributes that are there but not wanted are left (a default ACL of the
-//! target directory stays in effect); the access time is not restored: it
-//! becomes the modification time.
+//! Rights (setuid, setgid, file capabilities) are given only together with the owner they were saved with.
+//!
+//! Not done: the access time is not restored, it becomes the modification time. Labels that the system itself
+//! gives (SELinux …) stay where the snapshot has none.
 
 use super::dir::{Dir, checked, statx_fd};
 use super::meta::{Kind, Meta, Timestamp};
-use super::xattr::proc_path;
+use super::xattr::{list, proc_path};
 use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 use std::fs::File;
@@ -36,11 +39,15 @@ pub enum Target<'a> {
 /// How [`apply`] goes about it.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ApplyOptions {
-    /// Whether to set user and group. Without it the setuid and setgid bits are set only when
-    /// `current` says that the owner is the right one already.
+    /// Whether to set user and group. Without it nothing gets setuid or setgid bits, or capabilities.
     pub owner: bool,
     /// What the target has now, where known: saves the calls that would change nothing.
     pub current: Option<Current>,
+    /// Whether the target is known to have no extended attributes, which saves the call that looks for
+    /// unwanted ones.
+    pub bare: bool,
+    /// Device and inode that a [`Target::Name`] must have.
+    pub inode: Option<(u64, u64)>,
 }
 
 /// Owner and mode a target has before [`apply`].
@@ -71,6 +78,12 @@ pub enum Attr {
     Mode,
     /// The extended attribute of this name.
     Xattr(Vec<u8>),
+    /// The extended attribute of this name, which the snapshot lacks.
+    Unwanted(Vec<u8>),
+    /// The names of all extended attributes.
+    Listing,
+    /// Setuid and setgid bits, and capabilities.
+    Rights,
     /// The modification time.
     Times,
 }
@@ -82,6 +95,11 @@ impl std::fmt::Display for Attr {
             Self::Owner => f.write_str("owner"),
             Self::Mode => f.write_str("mode"),
             Self::Xattr(name) => write!(f, "extended attribute {}", name.escape_ascii()),
+            Self::Unwanted(name) => {
+                write!(f, "extended attribute {}, which the snapshot lacks", name.escape_ascii())
+            }
+            Self::Listing => f.write_str("extended attributes that the snapshot lacks"),
+            Self::Rights => f.write_str("special rights"),
             Self::Times => f.write_str("modification time"),
         }
     }
@@ -98,8 +116,47 @@ pub struct AttrFailure {
     pub error: io::Error,
 }
 
-/// Applies owner, mode, extended attributes and modification time to `target`, going on after
-/// failures. Without the right owner the setuid and setgid bits are left out.
+impl AttrFailure {
+    /// What to say of it to people.
+    pub fn told(&self) -> String {
+        let verb = match self.what {
+            Attr::Unwanted(_) | Attr::Listing => "removed",
+            _ => "set",
+        };
+        format!("cannot be {verb}: {self}")
+    }
+}
+
+/// The attribute that holds a file's capabilities.
+pub const CAPABILITY: &[u8] = b"security.capability";
+/// Labels that security modules give to everything, and that nobody may take away.
+const LABELS: [&[u8]; 5] = [
+    b"security.selinux",
+    b"security.ima",
+    b"security.evm",
+    b"security.apparmor",
+    b"security.SMACK64",
+];
+const ACLS: [&[u8]; 2] = [b"system.posix_acl_access", b"system.posix_acl_default"];
+
+/// Whether an attribute belongs to the entry rather than to the system or the file system: only such ones are
+/// removed where the snapshot lacks them.
+pub fn is_own_attribute(name: &[u8]) -> bool {
+    !(LABELS.contains(&name) || (name.starts_with(b"system.") && !ACLS.contains(&name)))
+}
+
+/// Whether an attribute is an access control list, which new entries inherit from their folder.
+pub(super) fn is_acl(name: &[u8]) -> bool {
+    ACLS.contains(&name)
+}
+
+/// Whether the mode or an attribute gives whoever runs the file the rights of somebody else.
+pub fn gives_rights(mode: u32, xattrs: &[(Vec<u8>, Vec<u8>)]) -> bool {
+    mode & 0o6000 != 0 || xattrs.iter().any(|(name, _)| name == CAPABILITY)
+}
+
+/// Applies owner, extended attributes, mode and modification time to `target`, going on after failures, and
+/// removes the extended attributes that it has beyond `xattrs`. Without the right owner nothing gets rights.
 pub fn apply(
     target: Target<'_>,
     meta: &Meta,
@@ -110,7 +167,7 @@ pub fn apply(
     let handle = match target {
         Target::File(file) => Handle { fd: file.as_fd(), path_only: false },
         Target::Dir(dir) => Handle { fd: dir.as_fd(), path_only: false },
-        Target::Name(dir, name) => match pin(dir, name, meta.kind) {
+        Target::Name(dir, name) => match pin(dir, name, meta.kind, options.inode) {
             Ok(fd) => {
                 pinned = fd;
                 Handle { fd: pinned.as_fd(), path_only: true }
@@ -132,36 +189,116 @@ pub fn apply(
     if chown {
         owned = note(Attr::Owner, handle.chown(meta.uid, meta.gid));
     }
-
-    let mode = meta.mode & if owned { 0o7777 } else { 0o1777 };
-    let has_mode = meta.kind != Kind::Symlink;
-    // chown may have cleared the setuid and setgid bits, but no others.
-    let stays = !chown || mode & 0o6000 == 0;
-    if has_mode && !(stays && options.current.is_some_and(|now| now.mode == mode)) {
-        note(Attr::Mode, handle.chmod(mode));
+    let rights = options.owner && owned;
+    if options.owner && !owned && gives_rights(meta.mode, xattrs) {
+        note(Attr::Rights, Err(io::Error::other("they are given only together with the owner")));
     }
 
-    let mut acl_set = false;
+    let mut attributes =
+        Attributes { handle: &handle, kind: meta.kind, widened: false, acl: false };
+    if !options.bare {
+        match handle.list_xattrs() {
+            Ok(names) => {
+                for name in names.iter().filter(|name| is_own_attribute(name)) {
+                    if !xattrs.iter().any(|(wanted, _)| wanted == name)
+                        || (name == CAPABILITY && !rights)
+                    {
+                        note(Attr::Unwanted(name.clone()), attributes.change(name, None));
+                    }
+                }
+            }
+            Err(error) => {
+                note(Attr::Listing, Err(error));
+            }
+        }
+    }
     for (name, value) in xattrs {
-        let set = note(Attr::Xattr(name.clone()), handle.set_xattr(name, value));
-        acl_set |= set && name.starts_with(b"system.");
+        if name != CAPABILITY || rights {
+            note(Attr::Xattr(name.clone()), attributes.change(name, Some(value)));
+        }
     }
-    if acl_set && has_mode {
-        note(Attr::Mode, handle.chmod_unless(mode));
+    let Attributes { widened, acl, .. } = attributes;
+
+    let mode = meta.mode & if rights { 0o7777 } else { 0o1777 };
+    if meta.kind != Kind::Symlink {
+        // chown may have cleared the setuid and setgid bits, but no others.
+        let stays = !widened && (!chown || mode & 0o6000 == 0);
+        if !(stays && options.current.is_some_and(|now| now.mode == mode)) {
+            note(Attr::Mode, handle.chmod(mode));
+        } else if acl {
+            note(Attr::Mode, handle.chmod_unless(mode));
+        }
+        // The system leaves out setgid, without an error, for who is not in the group.
+        if mode & 0o6000 != 0 && !rustix::process::geteuid().is_root() {
+            note(Attr::Rights, handle.has_mode(mode));
+        }
     }
 
     note(Attr::Times, handle.set_mtime(meta.mtime));
     failures
 }
 
-fn pin(dir: &Dir, name: &[u8], kind: Kind) -> io::Result<File> {
+fn pin(dir: &Dir, name: &[u8], kind: Kind, inode: Option<(u64, u64)>) -> io::Result<File> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let fd = rustix::fs::openat(dir, checked(name)?, flags, Mode::empty())?;
-    let found = Meta::of(&statx_fd(&fd)?)?.kind;
-    if found == kind {
-        Ok(fd.into())
-    } else {
-        Err(io::Error::other(format!("a {found:?} took the place of the {kind:?}")))
+    let found = Meta::of(&statx_fd(&fd)?)?;
+    if found.kind != kind {
+        let found = found.kind;
+        return Err(io::Error::other(format!("a {found:?} took the place of the {kind:?}")));
+    }
+    if inode.is_some_and(|inode| inode != (found.dev, found.ino)) {
+        return Err(io::Error::other("another file took its place"));
+    }
+    Ok(fd.into())
+}
+
+/// Lets the owner read, write and enter the directory `name`, if it is his own.
+///
+/// # Errors
+/// Those of the system; `Other` when it is no directory.
+pub(super) fn widen_dir(dir: &Dir, name: &[u8]) -> io::Result<()> {
+    let fd = pin(dir, name, Kind::Dir, None)?;
+    let handle = Handle { fd: fd.as_fd(), path_only: true };
+    let mode = Meta::of(&statx_fd(&fd)?)?.mode;
+    handle.chmod(mode | 0o700)
+}
+
+/// The extended attributes of a target while they are changed.
+struct Attributes<'a> {
+    handle: &'a Handle<'a>,
+    kind: Kind,
+    /// Whether the owner was let write for it.
+    widened: bool,
+    /// Whether an attribute was changed that may move the mode.
+    acl: bool,
+}
+
+impl Attributes<'_> {
+    /// Sets an attribute, or removes it.
+    fn change(&mut self, name: &[u8], value: Option<&[u8]>) -> io::Result<()> {
+        let attempt = || match value {
+            Some(value) => self.handle.set_xattr(name, value),
+            None => self.handle.remove_xattr(name),
+        };
+        let mut done = attempt();
+        let denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+        if done.as_ref().is_err_and(denied) && !self.widened && self.kind != Kind::Symlink {
+            // Even the owner sets `user.*` attributes only of what he may write to.
+            let mode = if self.kind == Kind::Dir { 0o700 } else { 0o600 };
+            if self.handle.chmod(mode).is_ok() {
+                done = attempt();
+                self.widened = true;
+            }
+        }
+        self.acl |= done.is_ok() && name.starts_with(b"system.");
+        match done {
+            Err(error)
+                if value.is_none() && Errno::from_io_error(&error) == Some(Errno::NODATA) =>
+            {
+                Ok(())
+            }
+            done => done,
+        }
     }
 }
 
@@ -207,6 +344,33 @@ impl Handle<'_> {
         Ok(())
     }
 
+    fn has_mode(&self, mode: u32) -> io::Result<()> {
+        let now = Meta::of(&statx_fd(self.fd)?)?.mode;
+        if now == mode {
+            return Ok(());
+        }
+        Err(io::Error::other(format!(
+            "the system left them out: the mode is {now:o}, not {mode:o}"
+        )))
+    }
+
+    fn list_xattrs(&self) -> io::Result<Vec<Vec<u8>>> {
+        if self.path_only {
+            list(|buffer| rustix::fs::listxattr(proc_path(self.fd), buffer))
+        } else {
+            list(|buffer| rustix::fs::flistxattr(self.fd, buffer))
+        }
+    }
+
+    fn remove_xattr(&self, name: &[u8]) -> io::Result<()> {
+        if self.path_only {
+            rustix::fs::removexattr(proc_path(self.fd), name)?;
+        } else {
+            rustix::fs::fremovexattr(self.fd, name)?;
+        }
+        Ok(())
+    }
+
     fn set_mtime(&self, mtime: Timestamp) -> io::Result<()> {
         // The access time is set as well: FUSE file systems are known that set neither when one of
         // them is to be left (bindfs 1.14).
@@ -242,7 +406,7 @@ mod tests {
     ];
 
     fn owner() -> ApplyOptions {
-        ApplyOptions { owner: true, current: None }
+        ApplyOptions { owner: true, ..ApplyOptions::default() }
     }
 
     /// An ACL: owner rw-, user 1234 r--, group r--, mask r--, other ---.
@@ -313,7 +477,7 @@ mod tests {
             for current in [None, Some(Current::from(&dir.lstat(name).unwrap()))] {
                 let now = dir.lstat(name).unwrap();
                 let meta = Meta { uid: 1234, gid: 4321, mode, mtime: MTIMES[1], ..now };
-                let options = ApplyOptions { owner: true, current };
+                let options = ApplyOptions { owner: true, current, ..ApplyOptions::default() };
                 assert!(apply(target, &meta, &[], &options).is_empty());
                 let now = dir.lstat(name).unwrap();
                 assert_eq!((now.uid, now.gid, now.mode), (1234, 4321, mode), "{name:?}");
@@ -324,29 +488,71 @@ mod tests {
     }
 
     #[test]
-    fn setuid_bits_are_left_out_without_the_owner() {
+    fn rights_are_left_out_without_the_owner() {
         let (_temp, dir) = fresh();
         let file = dir.create_file(b"file").unwrap();
         let now = dir.lstat(b"file").unwrap();
-        let meta = Meta { mode: 0o6755, uid: now.uid + 1, ..now };
-        let options = ApplyOptions { owner: false, current: Some(Current::from(&now)) };
-        assert!(apply(Target::File(&file), &meta, &[], &options).is_empty());
-        assert_eq!(dir.lstat(b"file").unwrap().mode, 0o755);
-        let unknown = ApplyOptions { owner: false, current: None };
-        apply(Target::File(&file), &Meta { uid: now.uid, ..meta }, &[], &unknown);
-        assert_eq!(dir.lstat(b"file").unwrap().mode, 0o755);
-        let known = ApplyOptions {
-            owner: false,
-            current: Some(Current { mode: 0o755, ..Current::from(&now) }),
-        };
-        apply(Target::File(&file), &Meta { uid: now.uid, ..meta }, &[], &known);
-        assert_eq!(dir.lstat(b"file").unwrap().mode, 0o6755);
+        let meta = Meta { mode: 0o6755, ..now };
+        let capability = [(CAPABILITY.to_vec(), vec![0; 20])];
+        // Whether or not the owner is the right one by chance.
+        for current in [None, Some(Current::from(&now))] {
+            let options = ApplyOptions { current, ..ApplyOptions::default() };
+            assert!(apply(Target::File(&file), &meta, &capability, &options).is_empty());
+            assert_eq!(dir.lstat(b"file").unwrap().mode, 0o755);
+            assert!(super::super::file_xattrs(&file).unwrap().entries.is_empty());
+        }
         // A chown that fails, for root too: no such id.
         let meta = Meta { uid: u32::MAX, ..meta };
-        let failures = apply(Target::File(&file), &meta, &[], &owner());
-        assert_eq!(failures.len(), 1);
-        assert_eq!(failures[0].what, Attr::Owner);
+        let failures = apply(Target::File(&file), &meta, &capability, &owner());
+        let what: Vec<_> = failures.into_iter().map(|failure| failure.what).collect();
+        assert_eq!(what, [Attr::Owner, Attr::Rights]);
         assert_eq!(dir.lstat(b"file").unwrap().mode, 0o755);
+    }
+
+    #[test]
+    fn what_the_snapshot_lacks_goes() {
+        let (_temp, dir) = fresh();
+        let file = dir.create_file(b"file").unwrap();
+        let sub = dir.make_dir(b"dir").unwrap();
+        let wanted = [(b"user.wanted".to_vec(), b"1".to_vec())];
+        let set = |name: &[u8], value: &[u8]| {
+            super::super::set_file_xattr(&file, name, value)
+                .and_then(|()| sub.set_own_xattr(name, value))
+        };
+        for (name, value) in [
+            (&b"user.evil"[..], b"x".to_vec()),
+            (b"user.wanted", b"other".to_vec()),
+            (b"system.posix_acl_access", acl()),
+        ] {
+            if let Err(error) = set(name, &value) {
+                say_loudly(&format!("NO {} HERE ({error})", name.escape_ascii()));
+            }
+        }
+        // Folders only.
+        let _none = sub.set_own_xattr(b"system.posix_acl_default", &acl());
+        for (name, target) in [(&b"file"[..], Target::File(&file)), (b"dir", Target::Dir(&sub))] {
+            let meta = Meta { mode: 0o750, ..dir.lstat(name).unwrap() };
+            let current = Some(Current::from(&dir.lstat(name).unwrap()));
+            let options = ApplyOptions { current, ..owner() };
+            let failures = apply(target, &meta, &wanted, &options);
+            assert!(failures.is_empty(), "{failures:?}");
+            assert_eq!(dir.xattrs(name).unwrap().entries, wanted);
+            assert_eq!(dir.lstat(name).unwrap().mode, 0o750);
+        }
+    }
+
+    #[test]
+    fn labels_of_the_system_are_not_unwanted() {
+        for (name, own) in [
+            (&b"user.x"[..], true),
+            (b"trusted.x", true),
+            (b"security.capability", true),
+            (b"system.posix_acl_default", true),
+            (b"security.selinux", false),
+            (b"system.nfs4_acl", false),
+        ] {
+            assert_eq!(is_own_attribute(name), own, "{}", name.escape_ascii());
+        }
     }
 
     #[test]

@@ -9,7 +9,9 @@
 //! callers compare the [`Meta`] of what they opened, never that of the name they saw.
 
 use super::meta::{Kind, Meta};
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Statx, StatxFlags};
+use rustix::fs::{
+    AtFlags, CWD, FileType, Mode, OFlags, RawDir, RenameFlags, Statx, StatxAttributes, StatxFlags,
+};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
@@ -54,6 +56,13 @@ impl Dir {
         }
     }
 
+    /// Opens the directory above; `None` where there is none.
+    pub fn open_above(&self) -> io::Result<Option<Self>> {
+        let above = open_quietly(self, c"..", READ_DIR | OFlags::NOFOLLOW).map(Self::of)?;
+        let (meta, own) = (above.stat()?, self.stat()?);
+        Ok(((meta.dev, meta.ino) != (own.dev, own.ino)).then_some(above))
+    }
+
     /// Opens this directory once more, with a read position of its own.
     pub(super) fn reopen(&self) -> io::Result<OwnedFd> {
         open_quietly(self, c".", READ_DIR | OFlags::NOFOLLOW)
@@ -62,6 +71,61 @@ impl Dir {
     /// Describes the directory itself.
     pub fn stat(&self) -> io::Result<Meta> {
         Meta::of(&statx_fd(self)?)
+    }
+
+    /// Describes the directory itself, and tells whether another file system begins with it: a mounted one, a bind
+    /// mount too, or one that a device number of its own sets apart from `dev_above`.
+    pub fn stat_mounted(&self, dev_above: u64) -> io::Result<(Meta, bool)> {
+        let stat = statx_fd(self)?;
+        let meta = Meta::of(&stat)?;
+        let mounted = stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT);
+        Ok((meta, mounted || meta.dev != dev_above))
+    }
+
+    /// Opens the sub-directory `name`, after making it accessible if it is a closed one of our own.
+    pub fn open_closed_dir(&self, name: &[u8]) -> io::Result<Self> {
+        match self.open_dir(name) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                super::attrs::widen_dir(self, name)?;
+                self.open_dir(name)
+            }
+            opened => opened,
+        }
+    }
+
+    /// Lets the owner read, write and enter the directory itself, if it is his own and he may not yet.
+    /// `meta` describes it.
+    pub fn widen(&self, meta: &Meta) -> io::Result<()> {
+        if meta.mode & 0o700 != 0o700 && meta.uid == rustix::process::geteuid().as_raw() {
+            rustix::fs::fchmod(self, Mode::from_raw_mode(meta.mode | 0o700))?;
+        }
+        Ok(())
+    }
+
+    /// The name by which the directory lists the entry that it finds as `name`: another one where the file system
+    /// folds case or normalises names. `None` when no name is found for it.
+    pub fn listed_name(&self, name: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        let ino = self.lstat(name)?.ino;
+        let mut buffer = Vec::with_capacity(32 << 10);
+        let mut entries = RawDir::new(self.reopen()?, buffer.spare_capacity_mut());
+        let mut other = None;
+        while let Some(entry) = entries.next() {
+            let entry = entry?;
+            let listed = entry.file_name().to_bytes();
+            if listed == name {
+                return Ok(Some(name.to_vec()));
+            }
+            if entry.ino() == ino {
+                other = Some(listed.to_vec());
+            }
+        }
+        Ok(other)
+    }
+
+    /// Whether the file system was told to fold case in this directory.
+    pub fn has_case_folding_flag(&self) -> bool {
+        // FS_CASEFOLD_FL of linux/fs.h. File systems without flags answer with an error.
+        rustix::fs::ioctl_getflags(self).is_ok_and(|flags| flags.bits() & 0x4000_0000 != 0)
     }
 
     /// Describes the entry `name`, a symlink itself rather than its target.
@@ -132,6 +196,28 @@ impl Dir {
     /// Renames the entry `name` to `new_name` in `to`, replacing what is there.
     pub fn rename(&self, name: &[u8], to: &Self, new_name: &[u8]) -> io::Result<()> {
         Ok(rustix::fs::renameat(self, checked(name)?, to, checked(new_name)?)?)
+    }
+
+    /// As [`rename`](Self::rename), where `new_name` must not exist; `AlreadyExists` otherwise.
+    pub fn rename_new(&self, name: &[u8], to: &Self, new_name: &[u8]) -> io::Result<()> {
+        let (name, new_name) = (checked(name)?, checked(new_name)?);
+        match rustix::fs::renameat_with(self, name, to, new_name, RenameFlags::NOREPLACE) {
+            // Not every file system can; between the two calls nothing but a race can come.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => match to.lstat(new_name) {
+                Ok(_) => Err(Errno::EXIST.into()),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    self.rename(name, to, new_name)
+                }
+                Err(error) => Err(error),
+            },
+            done => Ok(done?),
+        }
+    }
+
+    /// Exchanges two entries.
+    pub fn exchange(&self, name: &[u8], to: &Self, other: &[u8]) -> io::Result<()> {
+        let (name, other) = (checked(name)?, checked(other)?);
+        Ok(rustix::fs::renameat_with(self, name, to, other, RenameFlags::EXCHANGE)?)
     }
 
     /// Removes the name of anything but a directory.

@@ -2,11 +2,11 @@
 //!
 //! Only the current directory is open. Going up opens `..` and insists on the device and inode seen
 //! on the way down, so that a directory moved meanwhile stops the removal instead of letting it
-//! continue elsewhere. A mounted file system in the tree (a bind mount too) ends it with `EBUSY`.
+//! continue elsewhere. Another file system in the tree (a bind mount, a subvolume too) ends it with `EBUSY`.
 
-use super::dir::{Dir, checked, statx_fd};
-use super::meta::{Kind, Meta, kind_of};
-use rustix::fs::{AtFlags, RawDir, StatxAttributes, unlinkat};
+use super::dir::{Dir, checked};
+use super::meta::{Kind, kind_of};
+use rustix::fs::{AtFlags, RawDir, unlinkat};
 use rustix::io::Errno;
 use std::io;
 
@@ -87,17 +87,13 @@ fn remove_emptied(parent: &Dir, levels: &mut Vec<Level>) -> io::Result<bool> {
 }
 
 fn enter(parent: &Dir, name: &[u8], parent_dev: u64) -> io::Result<(Dir, Level)> {
-    let dir = parent.open_dir(name)?;
-    let stat = statx_fd(&dir)?;
-    let meta = Meta::of(&stat)?;
-    let mounted = if stat.stx_attributes_mask.contains(StatxAttributes::MOUNT_ROOT) {
-        stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT)
-    } else {
-        meta.dev != parent_dev
-    };
+    let dir = parent.open_closed_dir(name)?;
+    let (meta, mounted) = dir.stat_mounted(parent_dev)?;
     if mounted {
         return Err(Errno::BUSY.into());
     }
+    // A folder of one's own that is closed to oneself is no obstacle.
+    dir.widen(&meta)?;
     let level = Level {
         name: name.to_vec(),
         dev: meta.dev,

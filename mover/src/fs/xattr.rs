@@ -4,6 +4,7 @@
 //! calls that do not follow the last component; that needs a mounted `/proc`. File systems without
 //! extended attributes simply have none.
 
+use super::attrs::is_acl;
 use super::dir::{Dir, checked};
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
@@ -39,6 +40,22 @@ impl Dir {
     /// Reads the extended attributes of the directory itself.
     pub fn own_xattrs(&self) -> io::Result<Xattrs> {
         read_all(&Place::Open(self.as_fd()))
+    }
+
+    /// Removes the access control lists that the directory got from the one above, and lets nobody else in.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub fn strip(&self) -> io::Result<()> {
+        let names = list(|buffer| rustix::fs::flistxattr(self, buffer))?;
+        let acls: Vec<_> = names.into_iter().filter(|name| is_acl(name)).collect();
+        for name in &acls {
+            rustix::fs::fremovexattr(self, name.as_slice())?;
+        }
+        if !acls.is_empty() {
+            rustix::fs::fchmod(self, rustix::fs::Mode::RWXU)?;
+        }
+        Ok(())
     }
 
     /// Reads the extended attributes of the entry `name` without opening or following it.
@@ -109,20 +126,27 @@ impl Place<'_> {
 }
 
 fn read_all(place: &impl Source) -> io::Result<Xattrs> {
-    let names = match read_whole(|buffer| place.list(buffer)) {
-        Ok(names) => names,
-        Err(Errno::OPNOTSUPP) => Vec::new(),
-        Err(error) => return Err(error.into()),
-    };
     let mut xattrs = Xattrs::default();
-    for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
-        match read_whole(|buffer| place.get(name, buffer)) {
-            Ok(value) => xattrs.entries.push((name.to_vec(), value)),
-            Err(error) => xattrs.failures.push((name.to_vec(), error.into())),
+    for name in list(|buffer| place.list(buffer))? {
+        match read_whole(|buffer| place.get(&name, buffer)) {
+            Ok(value) => xattrs.entries.push((name, value)),
+            Err(error) => xattrs.failures.push((name, error.into())),
         }
     }
     xattrs.entries.sort_unstable();
     Ok(xattrs)
+}
+
+/// The names that `read` lists; none where the file system has no extended attributes.
+pub(super) fn list(
+    read: impl Fn(&mut [u8]) -> rustix::io::Result<usize>,
+) -> io::Result<Vec<Vec<u8>>> {
+    let names = match read_whole(read) {
+        Err(Errno::OPNOTSUPP) => return Ok(Vec::new()),
+        names => names?,
+    };
+    let names = names.split(|byte| *byte == 0).filter(|name| !name.is_empty());
+    Ok(names.map(<[u8]>::to_vec).collect())
 }
 
 /// Calls `read` with a small buffer, then with one nothing can outgrow.

@@ -25,19 +25,32 @@ struct Table {
     clock: u64,
 }
 
+/// What is known of a folder besides its name.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Site {
+    /// Whether we made it: then nothing is in it but what we put there, and nobody else may enter it yet.
+    pub(super) fresh: bool,
+    /// Device of its file system.
+    pub(super) dev: u64,
+    /// The folder in which the hidden folder for its files lies: the target, or the root of a file system
+    /// mounted below.
+    pub(super) base: u32,
+}
+
 #[derive(Default)]
 struct Folder {
     parent: u32,
     name: Box<[u8]>,
     dir: Option<Dir>,
     used: u64,
+    site: Site,
     newborn: Option<Current>,
 }
 
 impl Folders {
     /// `root` is missing in a dry run on a target that does not exist.
-    pub(super) fn new(root: Option<Dir>) -> Self {
-        let root = Folder { dir: root, ..Folder::default() };
+    pub(super) fn new(root: Option<Dir>, site: Site) -> Self {
+        let root = Folder { dir: root, site, ..Folder::default() };
         let (free, open) = (Vec::new(), Vec::new());
         Self(Mutex::new(Table { folders: vec![root], free, open, clock: 0 }))
     }
@@ -46,10 +59,20 @@ impl Folders {
         self.dir(ROOT)
     }
 
-    /// Adds a folder; `dir` is missing for one that a dry run would have made.
-    pub(super) fn add(&self, parent: u32, name: &[u8], dir: Option<Dir>) -> u32 {
+    /// Adds a folder; `dir` is missing for one that a dry run would have made. `dev` is its device, where that
+    /// makes it the root of a file system of its own.
+    pub(super) fn add(
+        &self,
+        parent: u32,
+        name: &[u8],
+        dir: Option<Dir>,
+        fresh: bool,
+        mounted: Option<u64>,
+    ) -> u32 {
         let table = &mut *lock(&self.0);
-        let folder = Folder { parent, name: name.into(), ..Folder::default() };
+        let above = table.folders[parent as usize].site;
+        let site = Site { fresh, dev: mounted.unwrap_or(above.dev), base: above.base };
+        let folder = Folder { parent, name: name.into(), site, ..Folder::default() };
         let number = match table.free.pop() {
             Some(number) => {
                 table.folders[number as usize] = folder;
@@ -60,6 +83,9 @@ impl Folders {
                 table.folders.len() as u32 - 1
             }
         };
+        if mounted.is_some() {
+            table.folders[number as usize].site.base = number;
+        }
         if let Some(dir) = dir {
             table.keep(number, dir);
         }
@@ -78,6 +104,11 @@ impl Folders {
 
     /// An open handle.
     pub(super) fn dir(&self, number: u32) -> io::Result<Dir> {
+        Ok(self.place(number)?.0)
+    }
+
+    /// An open handle, and what is known of the folder.
+    pub(super) fn place(&self, number: u32) -> io::Result<(Dir, Site)> {
         let table = &mut *lock(&self.0);
         let mut closed = Vec::new();
         let mut at = number;
@@ -95,7 +126,16 @@ impl Folders {
             dir = dir.open_dir(&table.folders[number as usize].name)?;
             table.keep(number, dir.clone());
         }
-        Ok(dir)
+        Ok((dir, table.folders[number as usize].site))
+    }
+
+    pub(super) fn site(&self, number: u32) -> Site {
+        lock(&self.0).folders[number as usize].site
+    }
+
+    /// Gives a folder a hidden folder of its own: files cannot be moved to it from the one above.
+    pub(super) fn separate(&self, number: u32) {
+        lock(&self.0).folders[number as usize].site.base = number;
     }
 
     /// Owner and mode of files as they are created in this folder, once known.

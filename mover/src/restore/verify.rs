@@ -1,4 +1,5 @@
-//! Reads back what a window has written and compares it with the keyed hashes of the tree.
+//! Reads back what a window has written, compares it with the keyed hashes of the tree, and only then lets it have its
+//! name.
 
 use std::fs::File;
 use std::io;
@@ -9,8 +10,9 @@ use chunkstore::pack::BlobKind;
 use chunkstore::tree::Content;
 use rustix::fs::{Advice, fadvise};
 
-use super::window::{Window, Work};
-use super::{Shared, lock};
+use super::Shared;
+use super::hidden::waiting_name;
+use super::window::Window;
 
 /// Files a thread takes at a time.
 const AT_ONCE: usize = 64;
@@ -55,6 +57,13 @@ pub(super) fn verify(shared: &Shared<'_>, window: &Window) {
             scope.spawn(work);
         }
     });
+    for (number, item) in window.items.iter().enumerate() {
+        let number = number as u32;
+        let waits = item.waiting().is_some() && !item.has_failed();
+        if waits && shared.is_finished(window, number) && !shared.is_stopped() {
+            shared.settle(window, number);
+        }
+    }
 }
 
 fn verify_item(
@@ -73,8 +82,12 @@ fn verify_item(
         return;
     }
     let mut compare = || -> io::Result<bool> {
-        let dir = shared.folders.dir(item.folder)?;
-        let (file, _) = dir.open_file(item.name())?;
+        let (file, _) = match item.waiting() {
+            Some((base, number)) => {
+                shared.hidden_in(base)?.dir().open_file(&waiting_name(number))?
+            }
+            None => shared.folders.dir(item.folder)?.open_file(item.name())?,
+        };
         // Only a hint, so it may fail.
         let _hint = fadvise(&file, 0, None, Advice::DontNeed);
         if let Some(expected) = inline {
@@ -101,24 +114,19 @@ fn verify_item(
         Ok(false) => "what was read back differs from what was written".to_owned(),
         Err(error) => format!("it cannot be read back: {error}"),
     };
-    let counted = match item.work {
-        Work::Multi(_) => window.multi(number).is_some_and(|multi| lock(&multi.state).finished),
-        Work::Immediate | Work::Single | Work::Link => true,
-    };
+    let own_name = item.waiting().is_none();
     if shared.discard(window, number) {
-        if counted {
+        if own_name && shared.is_finished(window, number) {
             shared.counters.files.fetch_sub(1, Ordering::Relaxed);
-            shared.counters.bytes.fetch_sub(item.node().size, Ordering::Relaxed);
-        }
-        let unlinked = shared.folders.dir(item.folder).and_then(|dir| dir.unlink(item.name()));
-        match unlinked {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                shared.warn(&item.path(), format!("the wrong file cannot be removed: {error}"));
+            shared.counters.bytes.fetch_sub(window.size(number), Ordering::Relaxed);
+            let unlinked = shared.folders.dir(item.folder).and_then(|dir| dir.unlink(item.name()));
+            match unlinked {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    let message = format!("the wrong file cannot be removed: {error}");
+                    shared.warn(&item.path(), message);
+                }
+                _ => {}
             }
-            _ => {}
-        }
-        if let Some(key) = item.link_key() {
-            shared.links.forget(key);
         }
         shared.fail(&item.path(), message);
     }

@@ -2,16 +2,17 @@
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use chunkstore::fetch::Want;
 use chunkstore::id::BlobId;
-use chunkstore::tree::{BlobRef, Body, Content, Entry, LeafAt, Node};
+use chunkstore::tree::{BlobRef, Body, Content, End, Entry, LeafAt, Node};
 
-use crate::fs::{Kind, Meta};
+use crate::fs::Meta;
 
 use super::links::LinkKey;
+use super::lock;
 
 /// An object to be restored. It shares the memory of the leaf it stands in.
 pub(super) struct Item {
@@ -20,6 +21,12 @@ pub(super) struct Item {
     /// The folder it goes to.
     pub(super) folder: u32,
     pub(super) work: Work,
+    /// Whether the folder listed this name when it was entered, where known.
+    pub(super) existed: Option<bool>,
+    /// Under which number it waits in a hidden folder; 0 when it does not.
+    waiting: AtomicU64,
+    /// The folder that this hidden one lies in.
+    base: AtomicU32,
     /// It is not, or no longer, there as it should be; and this has been reported.
     pub(super) failed: AtomicBool,
 }
@@ -51,6 +58,10 @@ pub(super) struct MultiState {
     pub(super) file: Option<Arc<File>>,
     /// Device and inode, once created.
     pub(super) created: Option<(u64, u64)>,
+    /// How its reading ended, if the tree says so.
+    pub(super) end: Option<End>,
+    /// Where the last of its pieces ends.
+    pub(super) pieces_end: u64,
     pub(super) finished: bool,
 }
 
@@ -77,8 +88,10 @@ pub(super) struct Window {
     pub(super) ended: Vec<u32>,
     /// Items that are further names.
     pub(super) links: Vec<u32>,
-    /// Files whose first name is in this window.
-    pub(super) first_names: HashSet<LinkKey>,
+    /// Items that have to be restored from their own content, after all.
+    pub(super) again: Mutex<Vec<u32>>,
+    /// Files whose first name is in this window, each with the folder in whose hidden one it will be known.
+    pub(super) first_names: HashSet<(u32, LinkKey)>,
     /// Memory it takes.
     pub(super) bytes: usize,
 }
@@ -109,7 +122,27 @@ impl Item {
     }
 
     pub(super) fn link_key(&self) -> Option<LinkKey> {
-        link_key(self.node())
+        LinkKey::of(self.node())
+    }
+
+    /// If it waits: the folder with the hidden one, and its number there.
+    pub(super) fn waiting(&self) -> Option<(u32, u64)> {
+        match self.waiting.load(Ordering::Acquire) {
+            0 => None,
+            number => Some((self.base.load(Ordering::Relaxed), number)),
+        }
+    }
+
+    pub(super) fn set_waiting(&self, base: u32, number: u64) {
+        self.base.store(base, Ordering::Relaxed);
+        self.waiting.store(number, Ordering::Release);
+    }
+
+    /// Notes that it does not wait any more; tells what [`waiting`](Self::waiting) told.
+    pub(super) fn end_waiting(&self) -> Option<(u32, u64)> {
+        let was = self.waiting();
+        self.waiting.store(0, Ordering::Release);
+        was
     }
 
     pub(super) fn has_failed(&self) -> bool {
@@ -118,10 +151,17 @@ impl Item {
 }
 
 impl Window {
-    pub(super) fn add(&mut self, leaf: &Arc<LeafAt>, at: usize, folder: u32, work: Work) -> u32 {
+    pub(super) fn add(
+        &mut self,
+        (leaf, at): (&Arc<LeafAt>, usize),
+        folder: u32,
+        existed: Option<bool>,
+        work: Work,
+    ) -> u32 {
         let number = self.items.len() as u32;
-        let failed = AtomicBool::new(false);
-        self.items.push(Item { leaf: leaf.clone(), at: at as u32, folder, work, failed });
+        let (waiting, base) = (AtomicU64::new(0), AtomicU32::new(0));
+        let (leaf, at, failed) = (leaf.clone(), at as u32, AtomicBool::new(false));
+        self.items.push(Item { leaf, at, folder, work, existed, waiting, base, failed });
         self.bytes += ITEM_BYTES;
         match work {
             Work::Immediate => self.immediate.push(number),
@@ -132,11 +172,16 @@ impl Window {
     }
 
     /// Adds a file of several pieces, which may grow until [`end`](Self::end).
-    pub(super) fn add_multi(&mut self, leaf: &Arc<LeafAt>, at: usize, folder: u32) -> u32 {
+    pub(super) fn add_multi(
+        &mut self,
+        at: (&Arc<LeafAt>, usize),
+        folder: u32,
+        existed: Option<bool>,
+    ) -> u32 {
         let multi = Multi { remaining: AtomicU32::new(1), ..Multi::default() };
         self.multis.push(multi);
         self.bytes += size_of::<Multi>();
-        self.add(leaf, at, folder, Work::Multi(self.multis.len() as u32 - 1))
+        self.add(at, folder, existed, Work::Multi(self.multis.len() as u32 - 1))
     }
 
     pub(super) fn add_piece(&mut self, piece: Piece, blob: BlobRef, verify: bool) {
@@ -170,6 +215,12 @@ impl Window {
         }
     }
 
+    /// Bytes of a file, as it is to be.
+    pub(super) fn size(&self, item: u32) -> u64 {
+        let end = self.multi(item).and_then(|multi| lock(&multi.state).end);
+        end.map_or_else(|| self.items[item as usize].node().size, |end| end.size)
+    }
+
     /// Takes out a file that goes on in the next window.
     pub(super) fn take_growing(&mut self, item: u32) -> Self {
         let mut next = Self::default();
@@ -179,7 +230,8 @@ impl Window {
         // It is the last of the items, so no other changes its number.
         let mut item = self.items.remove(item as usize);
         item.work = Work::Multi(0);
-        next.first_names.extend(item.link_key());
+        next.first_names
+            .extend(self.first_names.iter().filter(|(_, key)| Some(*key) == item.link_key()));
         next.multis.push(self.multis.remove(number as usize));
         next.items.push(item);
         next
@@ -193,10 +245,6 @@ impl Window {
 /// The last component of a key.
 pub(super) fn name_of(key: &[u8]) -> &[u8] {
     key.rsplit(|byte| *byte == 0).next().unwrap_or_default()
-}
-
-pub(super) fn link_key(node: &Node) -> Option<LinkKey> {
-    (node.linked && node.kind != Kind::Dir).then_some((node.fs, node.ino))
 }
 
 /// The metadata of a node as the file system layer has it.

@@ -1,8 +1,10 @@
 //! Carries out a window: creates files, writes pieces as they are delivered, finishes files.
 //!
 //! A file that lies whole in one delivered blob is created, written, given its metadata and closed in
-//! one go by the thread that has the blob: six system calls. Files of several pieces are opened
-//! when their first piece comes, finished with their last, and closed in between when too many are open.
+//! one go by the thread that has the blob: six system calls in a folder that we have made ourselves, and a
+//! rename from the hidden folder elsewhere. Files of several pieces are opened when their first piece
+//! comes, finished with their last, and closed in between when too many are open; they always wait in the hidden
+//! folder until they are whole.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -15,13 +17,14 @@ use chunkstore::fetch::{Want, fetch};
 use chunkstore::pack::PackClass;
 use chunkstore::tree::Content;
 use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno;
 
-use crate::fs::{ApplyOptions, Current, Dir, Kind, Target, apply};
+use crate::fs::{ApplyOptions, Current, Dir, Kind, Target, apply, close, gives_rights};
 
-use super::links;
-use super::window::{Item, Multi, MultiState, Piece, Window, Work, meta_of};
-use super::{Overwrite, Shared, count, lock};
+use super::folders::Site;
+use super::hidden::{Hidden, waiting_name};
+use super::place::{Spot, collision};
+use super::window::{Item, Multi, MultiState, Piece, Window, meta_of};
+use super::{Shared, count, lock};
 
 /// Files of several pieces open at a time.
 const OPEN_MAX: usize = 256;
@@ -29,23 +32,32 @@ const OPEN_MAX: usize = 256;
 const IMMEDIATE_AT_ONCE: usize = 64;
 
 pub(super) struct Executor<'a> {
-    shared: &'a Shared<'a>,
-    window: &'a Window,
+    pub(super) shared: &'a Shared<'a>,
+    pub(super) window: &'a Window,
     /// Files of several pieces in the order they were opened.
     opened: Mutex<VecDeque<u32>>,
 }
 
 /// The folder used last, which is most often the next one too.
 #[derive(Default)]
-struct LastFolder(Option<(u32, Dir)>);
+pub(super) struct LastFolder(Option<(u32, Dir, Site)>);
 
 impl LastFolder {
-    fn dir(&mut self, shared: &Shared<'_>, number: u32) -> io::Result<&Dir> {
-        if self.0.as_ref().is_none_or(|(last, _)| *last != number) {
-            self.0 = Some((number, shared.folders.dir(number)?));
+    pub(super) fn place(&mut self, shared: &Shared<'_>, number: u32) -> io::Result<(&Dir, Site)> {
+        if self.0.as_ref().is_none_or(|(last, ..)| *last != number) {
+            let (dir, site) = shared.folders.place(number)?;
+            self.0 = Some((number, dir, site));
         }
-        self.0.as_ref().map(|(_, dir)| dir).ok_or_else(|| io::ErrorKind::NotFound.into())
+        let last = self.0.as_ref().map(|(_, dir, site)| (dir, *site));
+        last.ok_or_else(|| io::ErrorKind::NotFound.into())
     }
+}
+
+/// A file that has been created.
+struct Draft {
+    file: File,
+    /// The hidden folder it waits in; without one it has its own name already.
+    hidden: Option<Arc<Hidden>>,
 }
 
 impl<'a> Executor<'a> {
@@ -114,25 +126,61 @@ impl<'a> Executor<'a> {
             };
             return self.write_whole(number, bytes, 0, last);
         }
-        if let Err(error) = self.make_special(item, last) {
-            self.fail_io(number, "it cannot be created", &error);
+        match self.make_special(item, last) {
+            Ok(()) => self.settle_unless_verified(number),
+            Err(error) => self.fail_io(number, "it cannot be created", &error),
         }
     }
 
     fn make_special(&self, item: &Item, last: &mut LastFolder) -> io::Result<()> {
-        let (node, name) = (item.node(), item.name());
-        let dir = last.dir(self.shared, item.folder)?;
-        self.shared.place(dir, name, || match &node.content {
+        let node = item.node();
+        let (dir, site) = last.place(self.shared, item.folder)?;
+        let make = |dir: &Dir, name: &[u8]| match &node.content {
             Content::Inline(to) if node.kind == Kind::Symlink => dir.make_symlink(name, to),
             _ => dir.make_node(name, node.kind, node.rdev.0, node.rdev.1),
-        })?;
-        let options = ApplyOptions { owner: self.shared.options.owner, current: None };
-        let failures = apply(Target::Name(dir, name), &meta_of(node), &node.xattrs, &options);
-        self.shared.warn_attributes_of(item, &failures);
-        self.shared.register(item, dir);
-        count(&self.shared.counters.files, 1);
-        self.shared.monitor.advance(1, 0);
+        };
+        let finish = |dir: &Dir, name: &[u8]| {
+            let owner = self.shared.options.owner;
+            let options = ApplyOptions { owner, bare: true, ..ApplyOptions::default() };
+            let failures = apply(Target::Name(dir, name), &meta_of(node), &node.xattrs, &options);
+            self.shared.warn_attributes_of(item, &failures);
+        };
+        if self.directly(item, dir, site, || make(dir, item.name()))?.is_some() {
+            finish(dir, item.name());
+            return Ok(());
+        }
+        let (hidden, base) = self.shared.hidden_and_base(item.folder)?;
+        let number = self.shared.next_waiting();
+        let name = waiting_name(number);
+        make(hidden.dir(), &name)?;
+        item.set_waiting(base, number);
+        finish(hidden.dir(), &name);
         Ok(())
+    }
+
+    /// Makes an item under its own name, where that is safe: in a folder that we made ourselves. `None` where it
+    /// has to wait for its name.
+    fn directly<T>(
+        &self,
+        item: &Item,
+        dir: &Dir,
+        site: Site,
+        make: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<Option<T>> {
+        if !site.fresh || item.node().linked {
+            return Ok(None);
+        }
+        match make() {
+            // It falls together with another name, or another restore was faster.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                let (folder, name, existed) = (item.folder, item.name(), item.existed);
+                match self.shared.taken_for(Spot { dir, folder, name, existed })? {
+                    Some(other) => Err(collision(&other)),
+                    None => Ok(None),
+                }
+            }
+            made => made.map(Some),
+        }
     }
 
     fn deliver(&self, plain: &[u8], wants: &[Want]) {
@@ -161,51 +209,86 @@ impl<'a> Executor<'a> {
     fn write_whole(&self, number: u32, bytes: &[u8], offset: u64, last: &mut LastFolder) {
         let item = &self.window.items[number as usize];
         self.shared.monitor.begin(&item.path());
-        let dir = match last.dir(self.shared, item.folder) {
-            Ok(dir) => dir,
+        let (dir, site) = match last.place(self.shared, item.folder) {
+            Ok(place) => place,
             Err(error) => return self.fail_io(number, "its folder cannot be opened", &error),
         };
-        let file = match self.shared.create(dir, item.name()) {
-            Ok(file) => file,
+        let draft = match self.create(item, dir, site) {
+            Ok(draft) => draft,
             Err(error) => return self.fail_io(number, "it cannot be created", &error),
         };
         let size = item.node().size;
-        let written = write_at(&file, bytes, offset).and_then(|()| {
-            let end = offset + bytes.len() as u64;
-            if end == size { Ok(()) } else { file.set_len(size) }
-        });
+        let written = write_at(&draft.file, bytes, offset)
+            .and_then(|()| {
+                let end = offset + bytes.len() as u64;
+                if end == size { Ok(()) } else { draft.file.set_len(size) }
+            })
+            .and_then(|()| self.finish(item, draft));
         if let Err(error) = written {
-            // The error that made it useless is the one to report.
-            let _unlinked = dir.unlink(item.name());
+            if item.waiting().is_none() {
+                // The error that made it useless is the one to report.
+                let _unlinked = dir.unlink(item.name());
+            }
             return self.fail_io(number, "it cannot be written", &error);
         }
         count(&self.shared.counters.bytes_written, bytes.len() as u64);
         self.shared.monitor.advance(1, size);
-        self.finish(item, dir, &file);
+        self.settle_unless_verified(number);
     }
 
-    /// Gives a complete file its metadata.
-    fn finish(&self, item: &Item, dir: &Dir, file: &File) {
+    /// Creates a file of one piece.
+    fn create(&self, item: &Item, dir: &Dir, site: Site) -> io::Result<Draft> {
+        match self.directly(item, dir, site, || dir.create_file(item.name()))? {
+            Some(file) => Ok(Draft { file, hidden: None }),
+            None => self.create_waiting(item),
+        }
+    }
+
+    fn create_waiting(&self, item: &Item) -> io::Result<Draft> {
+        let (hidden, base) = self.shared.hidden_and_base(item.folder)?;
+        let number = self.shared.next_waiting();
+        let file = hidden.dir().create_file(&waiting_name(number))?;
+        item.set_waiting(base, number);
+        Ok(Draft { file, hidden: Some(hidden) })
+    }
+
+    /// Gives a complete file its metadata, and closes it.
+    fn finish(&self, item: &Item, draft: Draft) -> io::Result<()> {
         let node = item.node();
+        let Draft { file, hidden } = draft;
         // A file that gets special rights is given its owner in any case, whatever is known about
         // new files in this folder.
-        let known = if node.mode & 0o6000 == 0 { self.newborn(item.folder, file) } else { None };
-        let options = ApplyOptions { owner: self.shared.options.owner, current: known };
-        let failures = apply(Target::File(file), &meta_of(node), &node.xattrs, &options);
-        self.shared.warn_attributes_of(item, &failures);
-        self.shared.register(item, dir);
-        count(&self.shared.counters.files, 1);
-        count(&self.shared.counters.bytes, node.size);
+        let current = if node.mode & 0o6000 == 0 {
+            self.newborn(item.folder, hidden.as_deref(), &file)
+        } else {
+            None
+        };
+        self.apply_to(item, &file, current, true);
+        close(file)
     }
 
-    /// Owner and mode of new files in the folder, learnt from the first.
-    fn newborn(&self, folder: u32, file: &File) -> Option<Current> {
-        if let Some(newborn) = self.shared.folders.newborn(folder) {
-            return Some(newborn);
+    fn apply_to(&self, item: &Item, file: &File, current: Option<Current>, bare: bool) {
+        let node = item.node();
+        let options = ApplyOptions { owner: self.shared.options.owner, current, bare, inode: None };
+        let failures = apply(Target::File(file), &meta_of(node), &node.xattrs, &options);
+        self.shared.warn_attributes_of(item, &failures);
+    }
+
+    /// Owner and mode of new files in the folder, or in the hidden one, learnt from the first.
+    fn newborn(&self, folder: u32, hidden: Option<&Hidden>, file: &File) -> Option<Current> {
+        let known = match hidden {
+            Some(hidden) => *lock(hidden.newborn()),
+            None => self.shared.folders.newborn(folder),
+        };
+        if known.is_some() {
+            return known;
         }
         let stat = rustix::fs::fstat(file).ok()?;
         let newborn = Current { uid: stat.st_uid, gid: stat.st_gid, mode: stat.st_mode & 0o7777 };
-        self.shared.folders.set_newborn(folder, newborn);
+        match hidden {
+            Some(hidden) => *lock(hidden.newborn()) = Some(newborn),
+            None => self.shared.folders.set_newborn(folder, newborn),
+        }
         Some(newborn)
     }
 
@@ -221,11 +304,18 @@ impl<'a> Executor<'a> {
         if let Err(error) = write_at(&file, bytes, piece.offset) {
             return self.fail_io(piece.item, "it cannot be written", &error);
         }
-        drop(file);
+        self.release(piece.item, file);
         count(&self.shared.counters.bytes_written, bytes.len() as u64);
         self.shared.monitor.advance(0, bytes.len() as u64);
         if multi.remaining.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.finish_multi(piece.item);
+        }
+    }
+
+    /// Lets go of a file; who is the last to do so closes it.
+    fn release(&self, number: u32, file: Arc<File>) {
+        if let Some(Err(error)) = Arc::into_inner(file).map(close) {
+            self.fail_io(number, "it cannot be written", &error);
         }
     }
 
@@ -236,10 +326,15 @@ impl<'a> Executor<'a> {
         if let Some(file) = &state.file {
             return Ok(file.clone());
         }
-        let dir = self.shared.folders.dir(item.folder)?;
-        let file = match state.created {
-            Some(inode) => reopen(&dir, item.name(), inode)?,
-            None => self.create_multi(item, &dir, &mut state)?,
+        let file = match (state.created, item.waiting()) {
+            (Some(inode), Some((base, number))) => {
+                let hidden = self.shared.hidden_in(base)?;
+                reopen(hidden.dir(), &waiting_name(number), inode)?
+            }
+            (Some(inode), None) => {
+                reopen(&self.shared.folders.dir(item.folder)?, item.name(), inode)?
+            }
+            (None, _) => self.create_multi(item, &mut state)?,
         };
         let file = Arc::new(file);
         state.file = Some(file.clone());
@@ -248,14 +343,38 @@ impl<'a> Executor<'a> {
         Ok(file)
     }
 
-    fn create_multi(&self, item: &Item, dir: &Dir, state: &mut MultiState) -> io::Result<File> {
+    fn create_multi(&self, item: &Item, state: &mut MultiState) -> io::Result<File> {
         self.shared.monitor.begin(&item.path());
-        let file = self.shared.create(dir, item.name())?;
+        let file = match self.open_in_place(item)? {
+            Some(file) => file,
+            None => self.create_waiting(item)?.file,
+        };
         let stat = rustix::fs::fstat(&file)?;
         state.created = Some((stat.st_dev, stat.st_ino));
         // What no piece covers is a hole.
         file.set_len(item.node().size)?;
         Ok(file)
+    }
+
+    /// The existing file, emptied, if its place is to be written to: never one that others have a hand in.
+    fn open_in_place(&self, item: &Item) -> io::Result<Option<File>> {
+        let node = item.node();
+        let options = &self.shared.options;
+        if !options.in_place || item.existed == Some(false) || gives_rights(node.mode, &node.xattrs)
+        {
+            return Ok(None);
+        }
+        let dir = self.shared.folders.dir(item.folder)?;
+        self.shared.check_protected(&dir, item.name())?;
+        let Ok(file) = open_for_writing(&dir, item.name()) else { return Ok(None) };
+        let stat = rustix::fs::fstat(&file)?;
+        let owner = if options.owner { node.uid } else { rustix::process::geteuid().as_raw() };
+        let is_file = stat.st_mode & 0o170_000 == 0o100_000;
+        if !is_file || stat.st_nlink != 1 || stat.st_uid != owner {
+            return Ok(None);
+        }
+        file.set_len(0)?;
+        Ok(Some(file))
     }
 
     /// Notes that a file was opened, and closes the one opened longest ago if there are too many. Called
@@ -266,9 +385,11 @@ impl<'a> Executor<'a> {
             opened.push_back(number);
             if opened.len() > OPEN_MAX { opened.pop_front() } else { None }
         };
-        if let Some(multi) = oldest.and_then(|oldest| self.window.multi(oldest)) {
+        let Some(oldest) = oldest else { return };
+        let file = self.window.multi(oldest).and_then(|multi| lock(&multi.state).file.take());
+        if let Some(file) = file {
             // Whoever is writing to it still holds it.
-            lock(&multi.state).file = None;
+            self.release(oldest, file);
         }
     }
 
@@ -282,14 +403,36 @@ impl<'a> Executor<'a> {
             Ok(file) => file,
             Err(error) => return self.fail_io(number, "it cannot be created", &error),
         };
-        match self.shared.folders.dir(item.folder) {
-            Ok(dir) => self.finish(item, &dir, &file),
-            Err(error) => return self.fail_io(number, "its folder cannot be opened", &error),
+        let size = self.window.size(number);
+        let pieces_end = lock(&multi.state).pieces_end;
+        if pieces_end > size {
+            return self.fail(number, "the tree names content beyond its end");
         }
-        let mut state = lock(&multi.state);
-        state.finished = true;
-        state.file = None;
+        if size != item.node().size
+            && let Err(error) = file.set_len(size)
+        {
+            return self.fail_io(number, "it cannot be written", &error);
+        }
+        self.apply_to(item, &file, None, item.waiting().is_some());
+        {
+            let mut state = lock(&multi.state);
+            state.finished = true;
+            state.file = None;
+        }
+        self.release(number, file);
+        if item.has_failed() {
+            return;
+        }
         self.shared.monitor.advance(1, 0);
+        self.settle_unless_verified(number);
+    }
+
+    fn settle_unless_verified(&self, number: u32) {
+        if self.window.items[number as usize].waiting().is_none() {
+            self.shared.count_restored(self.window, number);
+        } else if !self.shared.options.verify {
+            self.shared.settle(self.window, number);
+        }
     }
 
     fn fail(&self, number: u32, message: &str) {
@@ -298,131 +441,9 @@ impl<'a> Executor<'a> {
         }
     }
 
-    fn fail_io(&self, number: u32, what: &str, error: &io::Error) {
+    pub(super) fn fail_io(&self, number: u32, what: &str, error: &io::Error) {
         if self.shared.discard(self.window, number) {
             self.shared.fail_io(&self.window.items[number as usize].path(), what, error);
-        }
-    }
-
-    /// Gives restored files their further names. Returns those that must be restored from their own
-    /// content.
-    pub(super) fn link_names(&self) -> Vec<u32> {
-        let mut own_content = Vec::new();
-        let mut last = LastFolder::default();
-        for number in &self.window.links {
-            let item = &self.window.items[*number as usize];
-            let (Some(key), false) = (item.link_key(), self.shared.is_stopped()) else {
-                continue;
-            };
-            let linked = last.dir(self.shared, item.folder).and_then(|dir| {
-                let name = item.name();
-                self.shared.place(dir, name, || self.shared.links.link(key, dir, name))
-            });
-            match linked {
-                Ok(()) => {
-                    count(&self.shared.counters.files, 1);
-                    self.shared.monitor.advance(1, 0);
-                }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => own_content.push(*number),
-                Err(error) if links::is_unsupported(&error) => {
-                    let message = format!("it is restored as a file of its own: {error}");
-                    self.shared.warn(&item.path(), message);
-                    if Errno::from_io_error(&error) == Some(Errno::MLINK) {
-                        self.shared.links.forget(key);
-                    }
-                    own_content.push(*number);
-                }
-                Err(error) => self.fail_io(*number, "it cannot be linked", &error),
-            }
-        }
-        own_content
-    }
-}
-
-impl Shared<'_> {
-    /// Creates a file; what has its name goes, if it may.
-    fn create(&self, dir: &Dir, name: &[u8]) -> io::Result<File> {
-        self.place(dir, name, || dir.create_file(name))
-    }
-
-    /// Calls `make`, and once more after removing what is in its way.
-    fn place<T>(&self, dir: &Dir, name: &[u8], make: impl Fn() -> io::Result<T>) -> io::Result<T> {
-        match make() {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            made => return made,
-        }
-        match self.options.overwrite {
-            Overwrite::Always => dir.remove_tree(name)?,
-            Overwrite::IfChanged => dir.unlink(name)?,
-            Overwrite::Never => return Err(Errno::EXIST.into()),
-        }
-        make()
-    }
-
-    /// Makes a file that has more names known as the one to link them to.
-    pub(super) fn register(&self, item: &Item, dir: &Dir) {
-        if let Some(key) = item.link_key() {
-            self.register_name(key, dir, item.name(), &item.path());
-        }
-    }
-
-    /// As [`register`](Self::register), for a file that was there already.
-    pub(super) fn register_name(&self, key: links::LinkKey, dir: &Dir, name: &[u8], path: &[u8]) {
-        let registered =
-            self.folders.root().and_then(|root| self.links.register(&root, key, dir, name));
-        match registered {
-            Ok(true) => {}
-            Ok(false) => self.warn(path, "no hard links here: each name becomes a file of its own"),
-            Err(error) => self.warn(path, format!("it cannot be linked to other names: {error}")),
-        }
-    }
-
-    fn warn_attributes_of(&self, item: &Item, failures: &[crate::fs::AttrFailure]) {
-        if !failures.is_empty() {
-            self.warn_attributes(&item.path(), failures);
-        }
-    }
-
-    /// Marks an item failed and removes what there is of it. `false` when that was done before.
-    pub(super) fn discard(&self, window: &Window, number: u32) -> bool {
-        let item = &window.items[number as usize];
-        if item.failed.swap(true, Ordering::Relaxed) {
-            return false;
-        }
-        if let Some(multi) = window.multi(number) {
-            let mut state = lock(&multi.state);
-            state.file = None;
-            if let Some(inode) = state.created {
-                self.remove_created(item, inode);
-            }
-        }
-        true
-    }
-
-    /// Removes a file we created, if it is still the one of that name.
-    fn remove_created(&self, item: &Item, inode: (u64, u64)) {
-        let removed = self.folders.dir(item.folder).and_then(|dir| {
-            let now = dir.lstat(item.name())?;
-            if (now.dev, now.ino) == inode { dir.unlink(item.name()) } else { Ok(()) }
-        });
-        match removed {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                self.warn(&item.path(), format!("the incomplete file cannot be removed: {error}"));
-            }
-            _ => {}
-        }
-    }
-
-    /// Removes files of which only a part was written when the restore ended early.
-    pub(super) fn remove_unfinished(&self, window: &Window) {
-        for (number, item) in window.items.iter().enumerate() {
-            if matches!(item.work, Work::Multi(_)) {
-                let finished =
-                    window.multi(number as u32).is_some_and(|multi| lock(&multi.state).finished);
-                if !finished {
-                    self.discard(window, number as u32);
-                }
-            }
         }
     }
 }
@@ -431,10 +452,14 @@ fn write_at(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
     if bytes.is_empty() { Ok(()) } else { file.write_all_at(bytes, offset) }
 }
 
+fn open_for_writing(dir: &Dir, name: &[u8]) -> io::Result<File> {
+    let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    Ok(File::from(rustix::fs::openat(dir, name, flags, Mode::empty())?))
+}
+
 /// Opens a file again that we created and closed.
 fn reopen(dir: &Dir, name: &[u8], inode: (u64, u64)) -> io::Result<File> {
-    let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let file = File::from(rustix::fs::openat(dir, name, flags, Mode::empty())?);
+    let file = open_for_writing(dir, name)?;
     let stat = rustix::fs::fstat(&file)?;
     if (stat.st_dev, stat.st_ino) == inode {
         Ok(file)

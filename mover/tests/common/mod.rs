@@ -25,7 +25,7 @@ use chunkstore::record::Snapshot;
 use chunkstore::repository::Repository;
 use jiff::Timestamp;
 use mover::backup::{Outcome, Request, Resources, backup};
-use mover::monitor::{Monitor, Warning, display_path};
+use mover::monitor::{Concern, Monitor, Warning, display_path};
 use mover::restore::{Request as RestoreRequest, RestoreOptions, RestoreSummary, restore};
 use objects::ObjectStore;
 use objects::local::LocalStore;
@@ -112,7 +112,7 @@ impl<'a> Log<'a> {
     /// Paths of the warnings of files that are missing altogether.
     pub fn missing(&self) -> Vec<String> {
         let warnings = self.warnings.lock().unwrap();
-        let missing = warnings.iter().filter(|warning| warning.missing);
+        let missing = warnings.iter().filter(|warning| warning.concern == Concern::Missing);
         let mut paths: Vec<_> = missing.map(|one| display_path(&one.path)).collect();
         paths.sort();
         paths

@@ -1,4 +1,5 @@
-//! Removes what the target has and the snapshot lacks.
+//! The names that a folder of the target has already: tells which of the snapshot's are there, and removes what the
+//! snapshot lacks.
 //!
 //! The names of a folder and its entries in the tree come in the same order, so one pass over both
 //! tells what is missing, with a bounded part of the names in memory.
@@ -7,8 +8,8 @@ use std::io;
 
 use crate::fs::{Dir, Kind, Listing};
 
-use super::folders::ROOT;
-use super::links::is_links_folder;
+use super::hidden::{is_leftover, remove_leftover};
+use super::place::IS_PROTECTED;
 use super::{Filter, FilterResult, Shared, count};
 
 /// Names of one folder in memory; more wait on disk.
@@ -18,7 +19,7 @@ const LISTING_BYTES: usize = 128 << 10;
 const DEPTH_MAX: u32 = 64;
 
 /// The names of a folder being restored, up to the one the planner stands at.
-pub(super) struct Extras {
+pub(super) struct Present {
     listing: Listing,
     head: Option<(Vec<u8>, Option<Kind>)>,
 }
@@ -29,15 +30,16 @@ pub(super) struct Remover<'a> {
     pub(super) filter: Option<&'a Filter<'a>>,
     /// Path of the target in the backup, with a `/` at its end unless it is the root.
     pub(super) base: &'a [u8],
+    /// Whether what the snapshot lacks is to go.
+    pub(super) delete: bool,
 }
 
-impl Extras {
-    /// `None` when there is nothing in it.
-    pub(super) fn read(shared: &Shared<'_>, dir: &Dir) -> io::Result<Option<Self>> {
+impl Present {
+    pub(super) fn read(shared: &Shared<'_>, dir: &Dir) -> io::Result<Self> {
         let listing = Listing::read(dir, LISTING_BYTES, &shared.options.scratch)?;
-        let mut extras = Self { listing, head: None };
-        extras.advance()?;
-        Ok(extras.head.is_some().then_some(extras))
+        let mut present = Self { listing, head: None };
+        present.advance()?;
+        Ok(present)
     }
 
     fn advance(&mut self) -> io::Result<()> {
@@ -46,8 +48,8 @@ impl Extras {
         Ok(())
     }
 
-    /// Removes all names before `name`, or all that are left. Tells whether `name` itself is there.
-    pub(super) fn remove_before(
+    /// Goes to `name`, or to the end, and removes what lies before it. Tells whether `name` is there.
+    pub(super) fn seek(
         &mut self,
         name: Option<&[u8]>,
         folder: u32,
@@ -66,7 +68,9 @@ impl Extras {
             if remover.shared.is_stopped() {
                 return Ok(false);
             }
-            if !(folder == ROOT && is_links_folder(&head)) {
+            if is_leftover(&head) {
+                remover.remove_leftover(folder, &head);
+            } else if remover.delete {
                 remover.remove(folder, &head, kind);
             }
             self.advance()?;
@@ -76,12 +80,28 @@ impl Extras {
 }
 
 impl Remover<'_> {
-    fn remove(&self, folder: u32, name: &[u8], kind: Option<Kind>) {
+    fn path(&self, folder: u32, name: &[u8]) -> Vec<u8> {
         let mut path = self.shared.folders.path(folder);
         if !path.is_empty() {
             path.push(b'/');
         }
         path.extend_from_slice(name);
+        path
+    }
+
+    fn remove_leftover(&self, folder: u32, name: &[u8]) {
+        if self.shared.options.dry_run {
+            return;
+        }
+        let dir = self.shared.folders.dir(folder);
+        if let Err(error) = dir.and_then(|dir| remove_leftover(&dir, name)) {
+            let path = [self.base, &self.path(folder, name)].concat();
+            self.shared.warn(&path, format!("a leftover of an earlier restore stays: {error}"));
+        }
+    }
+
+    fn remove(&self, folder: u32, name: &[u8], kind: Option<Kind>) {
+        let path = self.path(folder, name);
         let removed = self.shared.folders.dir(folder).and_then(|dir| {
             let is_dir = match kind {
                 Some(kind) => kind == Kind::Dir,
@@ -111,12 +131,23 @@ impl Remover<'_> {
         match (taken, is_dir) {
             (FilterResult::Prune, _) | (FilterResult::Skip, false) => return Ok(false),
             (FilterResult::Take | FilterResult::Skip, true) if self.filter.is_some() => {
-                let emptied = depth > 0 && self.empty(&dir.open_dir(name)?, path, depth)?;
+                let inner = dir.open_dir(name)?;
+                if inner.stat_mounted(dir.stat()?.dev)?.1 {
+                    return Err(rustix::io::Errno::BUSY.into());
+                }
+                let emptied = depth > 0 && self.empty(&inner, path, depth)?;
                 if !emptied || taken == FilterResult::Skip {
                     return Ok(false);
                 }
             }
             _ => {}
+        }
+        let protected = &self.shared.options.protected;
+        if !protected.is_empty() {
+            let now = dir.lstat(name)?;
+            if protected.is_in(now.dev, now.ino) {
+                return Err(io::Error::other(IS_PROTECTED));
+            }
         }
         if !self.shared.options.dry_run {
             dir.remove_tree(name)?;
