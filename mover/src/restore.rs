@@ -240,8 +240,8 @@ pub fn restore(request: &Request<'_>) -> Result<RestoreSummary> {
         done.map(|()| planner.finish_target())
     });
     if let Err(error) = done {
-        if target.made {
-            // Only if it is empty.
+        if target.made && error.kind() == ErrorKind::NotFound {
+            // Nothing was asked for that there is. Only if it is empty.
             let _removed = std::fs::remove_dir(request.target);
         }
         return Err(error);

@@ -84,6 +84,13 @@ pub(super) fn run(
                 "interrupted; run the same command again, it leaves what is restored already";
             return anyhow::Error::new(Error::new(ErrorKind::Cancelled, message));
         }
+        if error.kind() == ErrorKind::Full {
+            // Nothing is written to the repository.
+            let text = chunkstore::error::chain(&error);
+            return anyhow::anyhow!(
+                "{text}; make room there, or restore large files with --in-place"
+            );
+        }
         error.into()
     })?;
     let elapsed = progress.seconds();

@@ -115,7 +115,8 @@ impl Dir {
             if listed == name {
                 return Ok(Some(name.to_vec()));
             }
-            if entry.ino() == ino {
+            let folded = |name: &[u8]| String::from_utf8_lossy(name).to_lowercase();
+            if entry.ino() == ino || folded(listed) == folded(name) {
                 other = Some(listed.to_vec());
             }
         }

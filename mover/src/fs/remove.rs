@@ -204,7 +204,8 @@ mod tests {
         for sub in 0..200 {
             top.make_dir(format!("{sub:0>255}").as_bytes()).unwrap();
         }
-        let mut level = enter(&dir, b"top", 0).unwrap().1;
+        let dev = dir.stat().unwrap().dev;
+        let mut level = enter(&dir, b"top", dev).unwrap().1;
         let mut held = HELD_BYTES - 3 * 255;
         level.scan(&top, &mut held, &mut Vec::with_capacity(4096)).unwrap();
         assert!(!level.scanned);

@@ -63,8 +63,8 @@ struct Found {
 }
 
 impl Found {
-    fn made(dir: Option<Dir>) -> Self {
-        Self { dir, fresh: true, current: None, mounted: None }
+    fn made(dir: Option<Dir>) -> Option<Self> {
+        Some(Self { dir, fresh: true, current: None, mounted: None })
     }
 }
 
@@ -136,9 +136,19 @@ impl Planner<'_> {
     pub(super) fn make_levels(&mut self) -> bool {
         let first = self.levels.iter().rposition(|level| level.folder.is_some()).unwrap_or(0);
         for at in first + 1..self.levels.len() {
-            if let Err(error) = self.make_level(at) {
-                let key = self.key[..self.levels[at].key_len].to_vec();
-                self.shared.fail_io(&path_of(&key), "the folder cannot be made", &error);
+            let made = self.make_level(at);
+            if !matches!(made, Ok(true)) {
+                let level = &self.levels[at];
+                let key = self.key[..level.key_len].to_vec();
+                let state = level.meta.as_ref().map_or(State::Whole, |meta| meta.state);
+                match made {
+                    Err(error) => {
+                        self.shared.fail_io(&path_of(&key), "the folder cannot be made", &error);
+                    }
+                    // The backup left it out as well.
+                    Ok(_) if state == State::Repository => {}
+                    Ok(_) => self.shared.fail(&path_of(&key), IS_PROTECTED),
+                }
                 while self.levels.len() > at {
                     self.leave();
                 }
@@ -149,7 +159,8 @@ impl Planner<'_> {
         true
     }
 
-    fn make_level(&mut self, at: usize) -> io::Result<()> {
+    /// Finds or makes one. `false` when it is there and must not be touched.
+    fn make_level(&mut self, at: usize) -> io::Result<bool> {
         let parent = &self.levels[at - 1];
         let parent_key_len = if parent.key_len == 0 { 0 } else { parent.key_len + 1 };
         let (above, above_fresh) = (parent.folder.unwrap_or(ROOT), parent.fresh);
@@ -157,6 +168,7 @@ impl Planner<'_> {
         let existed = if above_fresh { Some(false) } else { self.seek_name(at - 1, &name) };
         let taken = self.levels[at].taken;
         let found = self.shared.open_or_make(above, above_fresh, &name, existed, taken)?;
+        let Some(found) = found else { return Ok(false) };
         let Found { dir, fresh, current, mounted } = found;
         let folder = self.shared.folders.add(above, &name, dir, fresh, mounted);
         let path = || path_of(&self.key[..self.levels[at].key_len]);
@@ -181,7 +193,7 @@ impl Planner<'_> {
         }
         count(&self.shared.counters.dirs, 1);
         self.shared.monitor.advance(1, 0);
-        Ok(())
+        Ok(true)
     }
 
     fn read_present(&self, folder: u32) -> Option<Present> {
@@ -282,7 +294,7 @@ impl Planner<'_> {
 }
 
 impl Shared<'_> {
-    /// The folder `name` in folder `above`.
+    /// The folder `name` in folder `above`; `None` for one that must not be touched.
     fn open_or_make(
         &self,
         above: u32,
@@ -290,7 +302,7 @@ impl Shared<'_> {
         name: &[u8],
         existed: Option<bool>,
         taken: bool,
-    ) -> io::Result<Found> {
+    ) -> io::Result<Option<Found>> {
         let is_other = |error: &io::Error| {
             matches!(Errno::from_io_error(error), Some(Errno::NOTDIR | Errno::LOOP))
         };
@@ -333,10 +345,10 @@ impl Shared<'_> {
     }
 
     /// A folder that was there. `widens` says that it may be made accessible to us, if it is ours.
-    fn existing(&self, above: u32, dir: Dir, widens: bool) -> io::Result<Found> {
+    fn existing(&self, above: u32, dir: Dir, widens: bool) -> io::Result<Option<Found>> {
         let (meta, mounted) = dir.stat_mounted(self.folders.site(above).dev)?;
         if self.options.protected.contains(meta.dev, meta.ino) {
-            return Err(io::Error::other(IS_PROTECTED));
+            return Ok(None);
         }
         debug_assert_eq!(meta.kind, Kind::Dir, "it was opened as one");
         let mut current = Current::from(&meta);
@@ -345,6 +357,6 @@ impl Shared<'_> {
             current.mode = dir.stat()?.mode;
         }
         let mounted = mounted.then_some(meta.dev);
-        Ok(Found { dir: Some(dir), fresh: false, current: Some(current), mounted })
+        Ok(Some(Found { dir: Some(dir), fresh: false, current: Some(current), mounted }))
     }
 }

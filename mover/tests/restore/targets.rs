@@ -24,19 +24,17 @@ fn an_existing_file_goes_only_when_the_new_one_is_whole() {
     model.file("inline", b"new", Layout::Inline);
     model.symlink("link", "to");
     let root = repo.write(&model);
-    // A piece of each is lost.
-    let target = temp.path().join("damaged");
-    std::fs::create_dir(&target).unwrap();
-    std::fs::write(target.join("big"), "old").unwrap();
-    {
-        let lost = packs_of(&repo, &noise(1, 3 << 20)[1 << 20..2 << 20]);
-        let kept: Vec<_> = lost.iter().map(|key| (key, repo.store.get(key))).collect();
-        lost.iter().for_each(|key| repo.store.delete(key).unwrap());
-        let run = Run::new(&repo, root, &target);
+    std::fs::write(temp.path().join("big"), "old").unwrap();
+    for key in packs_of(&repo, &noise(1, 3 << 20)[1 << 20..2 << 20]) {
+        repo.store.delete(&key).unwrap();
+    }
+    for overwrite in [Overwrite::Always, Overwrite::IfChanged] {
+        let mut run = Run::new(&repo, root, temp.path());
+        run.options.overwrite = overwrite;
         assert!(run.go().files_failed >= 1);
-        assert_eq!(std::fs::read(target.join("big")).unwrap(), b"old");
-        assert!(names(&target).iter().all(|name| !name.starts_with('.')), "{:?}", names(&target));
-        drop(kept);
+        assert_eq!(std::fs::read(temp.path().join("big")).unwrap(), b"old");
+        let names = names(temp.path());
+        assert!(names.iter().all(|name| !name.starts_with('.')), "{names:?}");
     }
 }
 
@@ -62,6 +60,49 @@ fn a_full_target_keeps_its_old_files() {
         assert!(big.is_ok_and(|big| big == b"old") || in_place);
         let names = names(&mounted.0);
         assert!(names.iter().all(|name| !name.starts_with('.')), "{names:?}");
+    }
+}
+
+#[test]
+fn a_write_that_fails_costs_its_file_only() {
+    if std::env::var_os("EBACKUP_LIMITED").is_none() {
+        // Units of 512 bytes; without the signal, writing beyond is an error.
+        let script = "trap '' XFSZ; ulimit -f 64; exec \"$0\" \"$@\"";
+        let done = std::process::Command::new("sh")
+            .args(["-c", script])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", "targets::a_write_that_fails_costs_its_file_only", "--nocapture"])
+            .env("EBACKUP_LIMITED", "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&done.stdout).into_owned();
+        let why = String::from_utf8_lossy(&done.stderr).into_owned();
+        return assert!(done.status.success() && said.contains("1 passed"), "{said}\n{why}");
+    }
+    let (repo, temp) = (Repo::new(), tempfile::tempdir().unwrap());
+    let mut model = Model::new();
+    model.file("bundled", &noise(1, 90_000), Layout::Bundle);
+    model.file("chunked", &noise(2, 90_000), Layout::Chunks(20_000));
+    model.file("vast", &noise(3, 90_000), Layout::Extents(20_000));
+    model.sparse("hole", 90_000, vec![], Layout::Inline);
+    model.file("small", &noise(4, 9000), Layout::Bundle);
+    let root = repo.write(&model);
+    let large = ["bundled", "chunked", "hole", "vast"];
+    let old = temp.path().join("old");
+    std::fs::create_dir(&old).unwrap();
+    large.iter().for_each(|name| std::fs::write(old.join(name), "old").unwrap());
+    for (target, verify) in [(&old, false), (&old, true), (&temp.path().join("new"), false)] {
+        let mut run = Run::new(&repo, root, target);
+        run.options.verify = verify;
+        let summary = run.go();
+        assert_eq!((summary.files_failed, summary.files_refused, summary.files), (4, 4, 1));
+        assert_eq!(run.log.paths(), large);
+        assert_eq!(std::fs::read(target.join("small")).unwrap(), noise(4, 9000));
+        for name in large {
+            let now = std::fs::read(target.join(name)).ok();
+            assert_eq!(now.is_some(), target == &old, "{name}");
+            assert!(now.is_none_or(|now| now == b"old"), "{name}");
+        }
     }
 }
 
