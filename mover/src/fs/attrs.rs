@@ -252,6 +252,16 @@ fn pin(dir: &Dir, name: &[u8], kind: Kind, inode: Option<(u64, u64)>) -> io::Res
     Ok(fd.into())
 }
 
+impl Dir {
+    /// Sets the modification time of the directory itself, and leaves the access time.
+    pub fn set_mtime(&self, mtime: Timestamp) -> io::Result<()> {
+        let omit = Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_OMIT };
+        let time = Timespec { tv_sec: mtime.seconds, tv_nsec: mtime.nanos.into() };
+        let times = Timestamps { last_access: omit, last_modification: time };
+        Ok(rustix::fs::futimens(self, &times)?)
+    }
+}
+
 /// Lets the owner read, write and enter the directory `name`, if it is his own.
 ///
 /// # Errors

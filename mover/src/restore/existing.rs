@@ -20,7 +20,7 @@ use super::links::{Known, LinkKey, known, set_known};
 use super::place::IS_PROTECTED;
 use super::plan::{At, Planner, is_within, path_of};
 use super::window::{meta_of, name_of};
-use super::{Overwrite, count};
+use super::{Overwrite, Shared, count};
 
 /// Bytes that are compared with zeros at a time.
 const ZEROS: usize = 64 << 10;
@@ -172,7 +172,9 @@ impl Planner<'_> {
                 return Ok(false);
             }
         }
-        set_known(&hidden, key, now)?;
+        if now.nlink > 1 {
+            set_known(&hidden, key, now)?;
+        }
         Ok(true)
     }
 
@@ -189,7 +191,8 @@ impl Planner<'_> {
         if (meta.dev, meta.ino, meta.size) != (now.dev, now.ino, node.size) {
             return Ok(false);
         }
-        let mut content = Compared { file: &file, at: 0, buffer: Vec::new() };
+        let shared = self.shared;
+        let mut content = Compared { shared, file: &file, at: 0, buffer: Vec::new() };
         let keys = self.shared.repository.keys();
         let id = |bytes: &[u8]| BlobKind::Data.id(keys, bytes);
         let same = match &node.content {
@@ -229,6 +232,7 @@ impl Planner<'_> {
 
 /// A file being compared, in order.
 struct Compared<'a> {
+    shared: &'a Shared<'a>,
     file: &'a File,
     /// Up to where it was.
     at: u64,
@@ -237,6 +241,9 @@ struct Compared<'a> {
 
 impl Compared<'_> {
     fn read(&mut self, offset: u64, len: usize) -> io::Result<&[u8]> {
+        if self.shared.is_stopped() {
+            return Err(io::Error::other("the restore ended"));
+        }
         self.buffer.resize(len, 0);
         self.file.read_exact_at(&mut self.buffer, offset)?;
         self.at = offset + len as u64;

@@ -18,7 +18,7 @@ use std::sync::{Mutex, OnceLock};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
-use crate::fs::{Current, Dir};
+use crate::fs::{Current, Dir, Timestamp};
 
 use super::lock;
 
@@ -64,6 +64,8 @@ pub(super) struct Hidden {
     name: Vec<u8>,
     /// Holds the lock as well.
     dir: Dir,
+    /// Modification times of the folder it lies in, before and after it was made.
+    times: (Timestamp, Timestamp),
     folds: OnceLock<bool>,
     newborn: Mutex<Option<Current>>,
 }
@@ -71,6 +73,7 @@ pub(super) struct Hidden {
 impl Hidden {
     /// Makes one in `parent`.
     pub(super) fn make(parent: &Dir) -> io::Result<Self> {
+        let before = parent.stat()?.mtime;
         for _ in 0..ATTEMPTS {
             let mut random = [0; 8];
             getrandom::fill(&mut random).map_err(io::Error::other)?;
@@ -91,8 +94,9 @@ impl Hidden {
             });
             if is_there {
                 dir.strip()?;
+                let times = (before, parent.stat()?.mtime);
                 let (folds, newborn) = (OnceLock::new(), Mutex::default());
-                return Ok(Self { name, dir, folds, newborn });
+                return Ok(Self { name, dir, times, folds, newborn });
             }
         }
         Err(io::Error::other("somebody keeps removing the hidden folder in the target"))
@@ -121,12 +125,18 @@ impl Hidden {
         })
     }
 
-    /// Removes it with all that still waits.
+    /// Removes it with all that still waits. The folder it lies in is as before, if nothing else has come or gone.
     pub(super) fn remove(&self, parent: &Dir) -> io::Result<()> {
+        let untouched = parent.stat()?.mtime == self.times.1;
         match parent.remove_tree(&self.name) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
         }
+        if untouched {
+            // Where we may not, nothing was asked for about it.
+            let _set = parent.set_mtime(self.times.0);
+        }
+        Ok(())
     }
 }
 

@@ -153,7 +153,7 @@ fn verify_finds_what_the_disk_has_changed() {
             false
         }
     }
-    let (repo, temp) = (Repo::new(), tempfile::tempdir().unwrap());
+    let temp = tempfile::tempdir().unwrap();
     let mut model = Model::new();
     model.file("a", &noise(1, 5000), Layout::Bundle);
     model.file("b", &noise(2, 50_000), Layout::Chunks(5000));
@@ -161,7 +161,9 @@ fn verify_finds_what_the_disk_has_changed() {
     // Its blob comes last.
     model.file("z", &noise(4, 777_000), Layout::Chunks(800_000));
     // The order of packs is by random name: only a run in which the spoiling comes last counts.
+    let mut seen = Vec::new();
     for _ in 0..50 {
+        let repo = Repo::new();
         let monitor = Spoil(temp.path().to_owned(), Log::default());
         let options = RestoreOptions { verify: true, threads: 1, ..options() };
         let request = Request {
@@ -185,6 +187,7 @@ fn verify_finds_what_the_disk_has_changed() {
             }
             return;
         }
+        seen.push(monitor.1.paths());
     }
-    panic!("the spoilt files were never the first");
+    panic!("the spoilt files were never the first: {seen:?}");
 }

@@ -261,7 +261,10 @@ fn a_part_leaves_the_target_and_everything_else_as_it_is() {
     };
     let mut run = Run::new(&repo, root, temp.path());
     run.filter = Some(&filter);
+    let mtime = || temp.path().metadata().unwrap().modified().unwrap();
+    let before = mtime();
     assert_eq!(run.clean().files, 1);
+    assert_eq!(mtime(), before, "only the folder in it has changed");
     for path in ["", "d"] {
         assert_eq!(temp.path().join(path).metadata().unwrap().mode() & 0o7777, 0o1777, "{path}");
     }
