@@ -25,7 +25,7 @@ mod trees;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-pub use finding::{Affected, CheckSummary, Finding, FindingKind, Severity};
+pub use finding::{Affected, CheckSummary, Finding, FindingKind, Incomplete, Severity};
 pub use repair::{RepairSummary, repair_index};
 
 use crate::error::Result;
@@ -105,6 +105,7 @@ pub fn check(
     let mut walk = Walk::new(repository, &data, &mut damage);
     snapshots.snapshots.iter().for_each(|(_, snapshot)| walk.snapshot(snapshot));
     summary.nodes = walk.nodes;
+    summary.incomplete = walk.incomplete;
     summary.snapshots = snapshots.snapshots.len() as u64;
     let used = walk.used;
     for job in jobs.iter().filter(|job| !used.contains(&job.id)) {

@@ -10,8 +10,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use chunkstore::pack::BlobKind;
 use chunkstore::testing::MemoryNodes;
 use chunkstore::tree::{
-    Body, Change, Content, Entry, EntryCursor, Kind, Liveness, Node, NodeRef, State, Timestamp,
-    TreeBuilder, TreeCursor, decode_interior, decode_leaf, diff, extent_key, for_each_node,
+    Absence, Body, Change, Content, End, Entry, EntryCursor, Kind, Liveness, Node, NodeRef, State,
+    Timestamp, TreeBuilder, TreeCursor, decode_interior, decode_leaf, diff, end_key, extent_key,
+    for_each_node,
 };
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
@@ -152,11 +153,65 @@ fn found_diff(nodes: &MemoryNodes, old: Root, new: Root) -> Vec<(Vec<u8>, char)>
             Change::Removed(entry) => (entry.key, '-'),
             Change::Content(entry, _) => (entry.key, 'M'),
             Change::Metadata(entry, _) => (entry.key, 'U'),
+            Change::Lost(_, entry, _) => (entry.key, '!'),
         });
         Ok(())
     })
     .unwrap();
     changes
+}
+
+#[test]
+fn how_a_large_file_ended_is_seen_though_its_node_ends_an_equal_leaf() {
+    let mut entries: Vec<_> = (0..100).map(|n| file(format!("a{n:03}").into_bytes(), n)).collect();
+    let mut large = file(b"b".to_vec(), 1);
+    if let Body::Node(node) = &mut large.body {
+        node.content = Content::Extents;
+        // Fills the leaf.
+        node.xattrs = vec![(b"user.large".to_vec(), vec![7; 64 << 10])];
+    }
+    entries.push(large);
+    entries.push(Entry { key: extent_key(b"b", 0), body: Body::Extent(Vec::new()) });
+    let nodes = MemoryNodes::default();
+    let whole = build(&nodes, &entries).unwrap();
+    let end = End { size: 1, state: State::Cut };
+    entries.push(Entry { key: end_key(b"b"), body: Body::End(end) });
+    let cut = build(&nodes, &entries).unwrap();
+    assert_eq!(found_diff(&nodes, whole, cut), [(b"b".to_vec(), 'U')]);
+    assert_eq!(found_diff(&nodes, cut, whole), [(b"b".to_vec(), 'U')]);
+    assert_eq!(found_diff(&nodes, cut, cut), []);
+}
+
+/// Absence of a name is a difference only if the first tree had it, or did not say so already.
+#[test]
+fn names_that_became_absent_are_told() {
+    use Absence::{Excluded, Unreadable};
+    let there = || file(b"x".to_vec(), 1).body;
+    let absent = |reason| Some(Body::Absent(reason));
+    let tree = |nodes: &MemoryNodes, body: Option<Body>| {
+        let mut entries = vec![file(b"a".to_vec(), 0)];
+        entries.extend(body.map(|body| Entry { key: b"x".to_vec(), body }));
+        build(nodes, &entries).unwrap()
+    };
+    for (before, after, mark) in [
+        (Some(there()), absent(Unreadable), Some('!')),
+        (Some(there()), absent(Excluded), Some('!')),
+        (None, absent(Unreadable), Some('!')),
+        (None, absent(Excluded), None),
+        (absent(Excluded), absent(Excluded), None),
+        (absent(Unreadable), absent(Unreadable), None),
+        (absent(Excluded), absent(Unreadable), Some('!')),
+        (absent(Unreadable), absent(Excluded), None),
+        (absent(Unreadable), Some(there()), Some('+')),
+        (absent(Unreadable), None, None),
+    ] {
+        let what = format!("{before:?} {after:?}");
+        let nodes = MemoryNodes::default();
+        let (old, new) = (tree(&nodes, before), tree(&nodes, after));
+        let found: Vec<_> =
+            found_diff(&nodes, old, new).into_iter().map(|(_, mark)| mark).collect();
+        assert_eq!(found, mark.into_iter().collect::<Vec<_>>(), "{what}");
+    }
 }
 
 /// Edits of a list of entries: where, and what to put there, nothing to remove it.

@@ -11,7 +11,14 @@ pub mod monitor;
 pub mod repository;
 pub mod restore;
 
-/// The wall clock, for what is recorded for people; nothing depends on it being right.
+/// The wall clock, for what is recorded for people; nothing depends on it being right. A time that no record
+/// can hold counts as the nearest that one can.
+#[expect(clippy::disallowed_methods, reason = "this is where time is taken and passed on")]
 fn now() -> jiff::Timestamp {
-    jiff::Timestamp::now()
+    let time = std::time::SystemTime::now();
+    jiff::Timestamp::try_from(time).unwrap_or(if time < std::time::UNIX_EPOCH {
+        jiff::Timestamp::MIN
+    } else {
+        jiff::Timestamp::MAX
+    })
 }

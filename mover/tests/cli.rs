@@ -4,10 +4,8 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use tempfile::TempDir;
 
@@ -105,8 +103,8 @@ fn a_damaged_snapshot_is_told_of_and_can_be_forgotten() {
     site.ends(0, &["backup", "source"]);
     let [_, newest] = &site.snapshots()[..] else { panic!("two snapshots") };
     fs::write(site.path("repo/snapshots").join(newest), "damaged").unwrap();
-    let (_, err) = site.ends(0, &["restore", "latest", "--target", "target"]);
-    assert!(err.contains("1 snapshots cannot be read"), "{err}");
+    let (_, err) = site.ends(1, &["restore", "latest", "--target", "target"]);
+    assert!(err.contains(&format!("snapshots/{newest} cannot be read")), "{err}");
     site.ends(1, &["prune"]);
     site.ends(0, &["forget", newest]);
     site.ends(0, &["prune"]);
@@ -114,32 +112,93 @@ fn a_damaged_snapshot_is_told_of_and_can_be_forgotten() {
 }
 
 #[test]
-fn an_archive_has_what_tar_can_hold() {
+fn absolute_paths_below_the_source_are_excluded_and_what_excludes_nothing_is_told() {
     let site = Site::new();
-    // A socket comes first: it has no place in an archive, and must not leave its attributes there.
-    let _socket = UnixListener::bind(site.path("source/a socket")).unwrap();
-    let time = "1969-12-31T23:59:58.25Z";
-    let touched = Command::new("touch").args(["-d", time]).arg(site.path("source/file")).status();
-    assert!(touched.unwrap().success());
-    fs::create_dir(site.path("source/many")).unwrap();
-    for n in 0..50 {
-        fs::write(site.path(&format!("source/many/{n}")), format!("{n}").repeat(1000)).unwrap();
+    fs::create_dir_all(site.path("source/cache/deep")).unwrap();
+    fs::write(site.path("source/cache/deep/file"), "x").unwrap();
+    let cache = site.path("source/cache").to_str().unwrap().to_owned();
+    let (_, err) = site.ends(0, &["backup", "source", "--init", "--exclude", &cache]);
+    assert!(!err.contains("nothing was excluded"), "{err}");
+    let (out, _) = site.ends(0, &["ls", "-R", "latest"]);
+    assert!(out.contains("file") && !out.contains("cache"), "{out}");
+    let (_, err) =
+        site.ends(0, &["backup", "source", "--exclude", "/elsewhere", "--exclude", "*.tpm"]);
+    for pattern in ["/elsewhere", "*.tpm"] {
+        assert!(err.contains(&format!("by the pattern '{pattern}'")), "{err}");
     }
+    site.ends(1, &["backup", "source", "--exclude", ""]);
+}
+
+#[test]
+fn the_command_line_goes_before_the_environment() {
+    let site = Site::new();
+    fs::write(site.path("password"), "secret").unwrap();
+    fs::write(site.path("wrong"), "wrong").unwrap();
+    site.ends(0, &["init", "--password-file", "password"]);
+    site.ends(0, &["key", "add", "--password-file", "password", "--new-key-file", "key"]);
+    let with = |code, variable: &str, value: &str, args: &[&str]| {
+        let output = site.command(args).env(variable, value).output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{variable} {args:?}");
+    };
+    with(0, "EBACKUP_PASSWORD_FILE", "wrong", &["snapshots", "--key-file", "key"]);
+    with(0, "EBACKUP_KEY_FILE", "/nonexistent", &["snapshots", "--password-file", "password"]);
+    with(0, "EBACKUP_PASSWORD", "wrong", &["snapshots", "--password-file", "password"]);
+    with(2, "X", "x", &["snapshots", "--password-file", "password", "--key-file", "key"]);
+}
+
+#[test]
+fn a_secret_may_come_through_a_pipe() {
+    let site = Site::new();
+    fs::write(site.path("password"), "secret").unwrap();
+    site.ends(0, &["backup", "source", "--init", "--password-file", "password"]);
+    for args in [&["check"][..], &["forget", "--keep-last", "1", "--prune"]] {
+        let args = [args, &["--password-file", "/dev/stdin"]].concat();
+        let mut cat = Command::new("cat")
+            .arg(site.path("password"))
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let output = site.command(&args).stdin(cat.stdout.take().unwrap()).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {output:?}");
+        cat.wait().unwrap();
+    }
+}
+
+#[test]
+fn a_repository_is_not_copied_to_itself() {
+    let site = Site::new();
     site.ends(0, &["backup", "source", "--init"]);
-    fs::create_dir(site.path("unpacked")).unwrap();
-    let mut dump = site.command(&["dump", "latest", "."]).stdout(Stdio::piped()).spawn().unwrap();
-    let archive = dump.stdout.take().unwrap();
-    let unpacked =
-        Command::new("tar").arg("xpC").arg(site.path("unpacked")).stdin(archive).status().unwrap();
-    assert!(unpacked.success() && dump.wait().unwrap().success());
-    let file = fs::metadata(site.path("unpacked/file")).unwrap();
-    assert_eq!((file.mtime(), file.mtime_nsec()), (-2, 250_000_000));
-    assert_eq!(fs::read(site.path("unpacked/file")).unwrap(), b"content");
-    for n in 0..50 {
-        let text = fs::read_to_string(site.path(&format!("unpacked/many/{n}"))).unwrap();
-        assert_eq!(text, format!("{n}").repeat(1000));
+    let (_, err) = site.ends(1, &["copy", "--from", "repo"]);
+    assert!(err.contains("the same repository"), "{err}");
+    assert_eq!(site.snapshots().len(), 1);
+}
+
+#[test]
+fn a_bare_environment_is_enough() {
+    let site = Site::new();
+    let key = format!("ebackup key file of a test\n{}\n", "07".repeat(32));
+    fs::write(site.path("key"), key).unwrap();
+    for args in [
+        &["init"][..],
+        &["backup", "source"],
+        &["snapshots"],
+        &["check"],
+        &["restore", "latest", "--target", "target"],
+        &["restore", "latest", "--target", "target"],
+        &["prune"],
+    ] {
+        let mut command = site.command(args);
+        command.env_clear().env("TMPDIR", "/nonexistent");
+        command.args(["--repo", "repo", "--key-file", "key"]);
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {output:?}");
     }
-    assert!(!site.path("unpacked/a socket").exists());
+    // Without a secret there is nowhere to keep one.
+    let mut command = site.command(&["init", "--repo", "other"]);
+    let output = command.env_clear().output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("give a secret"), "{output:?}");
+    assert!(!site.path("other/config").exists());
 }
 
 #[test]

@@ -128,6 +128,22 @@ pub struct CheckSummary {
     pub unused_packs: u64,
     /// Their size.
     pub unused_bytes: u64,
+    /// What the trees say of files that are not in them as the sources had them. No damage: nothing of it
+    /// was ever in the repository.
+    pub incomplete: Incomplete,
+}
+
+/// Counts of entries that are not as the sources had them. One that snapshots share counts once.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Incomplete {
+    /// Files that could not be read to their end, and are there in part or as they were earlier.
+    pub files: u64,
+    /// Folders whose names could not all be read.
+    pub folders: u64,
+    /// Names that could not be read at all.
+    pub names: u64,
+    /// Files that changed while they were read.
+    pub files_changed: u64,
 }
 
 impl fmt::Display for CheckSummary {
@@ -138,6 +154,17 @@ impl fmt::Display for CheckSummary {
         writeln!(f, ", and all of {packs_read} ({})", Bytes(self.bytes_read))?;
         if self.unused_packs > 0 {
             writeln!(f, "{} packs ({}) are unused", self.unused_packs, Bytes(self.unused_bytes))?;
+        }
+        let Incomplete { files, folders, names, files_changed } = self.incomplete;
+        if files + folders + names > 0 {
+            writeln!(
+                f,
+                "saved incompletely, which is no damage: {files} files, {folders} folders, and {names} names \
+                 that could not be read ('ls -R' shows them)"
+            )?;
+        }
+        if files_changed > 0 {
+            writeln!(f, "{files_changed} files changed while they were saved")?;
         }
         writeln!(f, "{} errors, {} warnings", self.errors, self.warnings)
     }

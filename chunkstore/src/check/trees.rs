@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::finding::{Affected, Finding, FindingKind, Severity};
+use super::finding::{Affected, Finding, FindingKind, Incomplete, Severity};
 use super::packs::Trace;
 use super::{Damage, FILES_NAMED};
 use crate::error::{Error, ErrorKind, chain};
@@ -16,8 +16,8 @@ use crate::pack::{Location, PackClass, ReadScratch};
 use crate::record::Snapshot;
 use crate::repository::Repository;
 use crate::tree::{
-    BlobRef, Body, ChildRef, Entry, Kind, Leaf, Liveness, NodeRef, ReadAhead, load_interior,
-    load_leaf,
+    Absence, BlobRef, Body, ChildRef, Entry, Kind, Leaf, Liveness, NodeRef, ReadAhead, State,
+    load_interior, load_leaf,
 };
 
 /// Half an id: names a node as surely as the index names blobs.
@@ -45,6 +45,7 @@ pub(super) struct Walk<'a> {
     pub(super) damage: &'a mut Damage,
     pub(super) used: HashSet<PackId>,
     pub(super) nodes: u64,
+    pub(super) incomplete: Incomplete,
     interior: HashSet<Key>,
     leaves: HashMap<Key, Option<Uses>>,
 }
@@ -56,7 +57,8 @@ impl<'a> Walk<'a> {
         damage: &'a mut Damage,
     ) -> Self {
         let (used, interior, leaves) = (HashSet::new(), HashSet::new(), HashMap::new());
-        Self { repository, data, damage, used, nodes: 0, interior, leaves }
+        let incomplete = Incomplete::default();
+        Self { repository, data, damage, used, nodes: 0, incomplete, interior, leaves }
     }
 
     pub(super) fn snapshot(&mut self, snapshot: &Snapshot) {
@@ -149,6 +151,7 @@ impl<'a> Walk<'a> {
         } else {
             self.fault(&place.node, "it has no entry");
         }
+        self.incomplete.add(leaf);
         let mut uses = Liveness::default();
         let mut previous = None;
         for blob in leaf.entries.iter().flat_map(Entry::blobs) {
@@ -304,6 +307,30 @@ impl<'a> Attribution<'a> {
             }
         }
         is_damaged
+    }
+}
+
+impl Incomplete {
+    fn add(&mut self, leaf: &Leaf) {
+        // Of a large file, the entry behind its extents may say once more what its node says.
+        let mut counted = false;
+        for entry in &leaf.entries {
+            let (kind, state) = match &entry.body {
+                Body::Node(node) => (node.kind, node.state),
+                Body::End(end) if !counted => (Kind::File, end.state),
+                Body::Absent(Absence::Unreadable) => {
+                    self.names += 1;
+                    continue;
+                }
+                Body::Extent(_) | Body::End(_) | Body::Absent(Absence::Excluded) => continue,
+            };
+            counted = state != State::Whole;
+            match (state.is_incomplete(), kind) {
+                (true, Kind::Dir) => self.folders += 1,
+                (true, _) => self.files += 1,
+                (false, _) => self.files_changed += u64::from(state == State::Changed),
+            }
+        }
     }
 }
 

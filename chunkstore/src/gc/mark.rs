@@ -31,6 +31,8 @@ pub(super) struct Mark {
     nodes: HashSet<[u8; 16]>,
     /// Snapshots counted so far.
     pub(super) snapshots: HashSet<SnapshotId>,
+    /// How many of them lack something that could not be read.
+    pub(super) incomplete: usize,
     /// Sessions known to be fenced.
     pub(super) fenced: HashSet<SnapshotId>,
     /// Snapshots marked forgotten, as of the last look, whose object is still there.
@@ -134,6 +136,7 @@ impl Mark {
             Some(Verdict::Snapshot(snapshot)) => {
                 self.count_tree(repository, &snapshot)?;
                 self.snapshots.insert(id);
+                self.incomplete += usize::from(snapshot.summary.files_missing > 0);
             }
             Some(Verdict::Fenced { .. }) => {
                 self.fenced.insert(id);

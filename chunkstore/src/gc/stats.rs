@@ -46,6 +46,8 @@ pub struct ClassStats {
 pub struct Stats {
     /// Snapshots.
     pub snapshots: usize,
+    /// How many of them lack something that could not be read when they were made.
+    pub snapshots_incomplete: usize,
     /// Packs of chunks and bundles.
     pub data: ClassStats,
     /// Packs of tree nodes.
@@ -61,7 +63,11 @@ pub fn stats(repository: &Repository, progress: &dyn Fn(&str)) -> Result<Stats> 
     progress("marking what snapshots use");
     let mut mark = Mark::default();
     mark.refresh(repository)?;
-    let mut stats = Stats { snapshots: mark.snapshots.len(), ..Stats::default() };
+    let mut stats = Stats {
+        snapshots: mark.snapshots.len(),
+        snapshots_incomplete: mark.incomplete,
+        ..Stats::default()
+    };
     progress("reading the tables of all packs");
     let (store, keys) = (repository.store(), repository.keys());
     for fact in &packs {
@@ -115,7 +121,11 @@ impl ClassStats {
 
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "snapshots  {}", self.snapshots)?;
+        write!(f, "snapshots  {}", self.snapshots)?;
+        match self.snapshots_incomplete {
+            0 => writeln!(f)?,
+            some => writeln!(f, ", {some} of them incomplete")?,
+        }
         for (name, class) in [("data packs", &self.data), ("meta packs", &self.meta)] {
             let ClassStats { packs, blobs, used_blobs, .. } = class;
             write!(f, "{name} {packs} ({}), ", Bytes(class.bytes))?;

@@ -1,7 +1,7 @@
 //! What differs between two trees. Equal leaves are skipped without being compared.
 
 use super::cursor::{EntryCursor, NodeSource, TreeCursor};
-use super::entry::{Body, Content, Entry, Node};
+use super::entry::{Absence, Body, Content, Entry, Node};
 use super::node::NodeRef;
 use crate::error::Result;
 
@@ -16,6 +16,10 @@ pub enum Change {
     Content(Entry, Entry),
     /// Both have it with the same content, and owner, mode, times, attributes or state differ.
     Metadata(Entry, Entry),
+    /// The second tree only says why it does not have it. The first has this of it, if anything; a name
+    /// that was not saved for this very reason before is no difference, nor is one that was never saved
+    /// and is now excluded.
+    Lost(Option<Entry>, Entry, Absence),
 }
 
 /// Calls `each` for every difference, in order of paths.
@@ -46,18 +50,17 @@ pub fn diff(
         if order.is_ge() {
             after = take(&mut new)?;
         }
-        // What is not saved is not there: it neither comes nor goes.
-        let is_saved = |(entry, _): &(Entry, _)| entry.node().is_some();
-        match (before.filter(is_saved), after.filter(is_saved)) {
+        match (before, after) {
             (Some(a), Some(b)) => compare(a, b, each)?,
-            (Some((a, _)), None) => each(Change::Removed(a))?,
-            (None, Some((b, _))) => each(Change::Added(b))?,
-            (None, None) => {}
+            (Some((a, _)), None) if a.node().is_some() => each(Change::Removed(a))?,
+            (None, Some((b, _))) => compare_absent(None, b, each)?,
+            (Some(_) | None, None) => {}
         }
     }
 }
 
-/// Steps over a leaf that both trees have, if both cursors stand at its beginning.
+/// Steps over a leaf that both trees have, if both cursors stand at its beginning. A large file at its end
+/// is left, since what differs may follow in the next leaf.
 fn skip_equal_leaf(old: &mut EntryCursor<'_>, new: &mut EntryCursor<'_>) -> Result<bool> {
     let (Some((a, 0)), Some((b, 0))) = (old.peek_at()?, new.peek_at()?) else {
         return Ok(false);
@@ -65,11 +68,16 @@ fn skip_equal_leaf(old: &mut EntryCursor<'_>, new: &mut EntryCursor<'_>) -> Resu
     if a.child.node.id != b.child.node.id {
         return Ok(false);
     }
-    for _ in 0..a.leaf.entries.len() {
+    let entries = &a.leaf.entries;
+    let own = entries.iter().rposition(|entry| !entry.continues_file()).unwrap_or(0);
+    let is_large =
+        entries.get(own).and_then(Entry::node).is_none_or(|node| node.content == Content::Extents);
+    let skipped = if is_large { own } else { entries.len() };
+    for _ in 0..skipped {
         old.advance();
         new.advance();
     }
-    Ok(true)
+    Ok(skipped > 0)
 }
 
 /// A node entry, with a hash of the extent entries that follow it; size and state are those at the end
@@ -100,8 +108,10 @@ fn compare(
     (b, b_extents): (Entry, blake3::Hash),
     each: &mut dyn FnMut(Change) -> Result<()>,
 ) -> Result<()> {
-    let (Some(before), Some(after)) = (a.node(), b.node()) else {
-        return Ok(());
+    let (before, after) = match (a.node(), b.node()) {
+        (Some(before), Some(after)) => (before, after),
+        (None, Some(_)) => return each(Change::Added(b)),
+        (_, None) => return compare_absent(Some(a), b, each),
     };
     let same_content = before.kind == after.kind
         && before.size == after.size
@@ -114,6 +124,23 @@ fn compare(
         each(Change::Metadata(a, b))
     } else {
         Ok(())
+    }
+}
+
+/// Tells of an entry of the second tree that may be absent.
+fn compare_absent(
+    before: Option<Entry>,
+    after: Entry,
+    each: &mut dyn FnMut(Change) -> Result<()>,
+) -> Result<()> {
+    let Body::Absent(reason) = after.body else {
+        return each(Change::Added(after));
+    };
+    match before.as_ref().map(|before| &before.body) {
+        Some(Body::Absent(same)) if *same == reason => Ok(()),
+        Some(Body::Absent(_)) | None if reason == Absence::Excluded => Ok(()),
+        Some(Body::Node(_)) => each(Change::Lost(before, after, reason)),
+        _ => each(Change::Lost(None, after, reason)),
     }
 }
 

@@ -53,7 +53,11 @@ pub(super) fn restore_wait(args: &RestoreWait, cancelled: &AtomicBool) -> Result
 /// of.
 fn start_log(log: &Log) {
     let filter = EnvFilter::new(format!("warn,mover={}", log.log_level));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // What cannot be written must not be complained about in the same place: that would be a panic.
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .log_internal_errors(false);
     match log.log_format {
         LogFormat::Text => builder.with_target(false).with_ansi(false).init(),
         LogFormat::Json => builder.json().flatten_event(true).init(),

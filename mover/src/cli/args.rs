@@ -1,11 +1,15 @@
 //! The command line as typed.
 
-use std::path::PathBuf;
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use chunkstore::codec::compress::Level;
+use clap::builder::FalseyValueParser;
 use clap::builder::styling::Styles;
-use clap::{Args as ClapArgs, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::parser::ValueSource;
+use clap::{Args as ClapArgs, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use objects::{ObjectStore, Traffic};
 
 use crate::backup::ChangedBy;
@@ -37,13 +41,7 @@ pub(super) struct Global {
     #[arg(long, global = true, env = "EBACKUP_PASSWORD_FILE", value_name = "FILE")]
     pub(super) password_file: Option<PathBuf>,
     /// Key file. Without any secret, the one that 'init' made for this repository is used.
-    #[arg(
-        long,
-        global = true,
-        env = "EBACKUP_KEY_FILE",
-        value_name = "FILE",
-        conflicts_with = "password_file"
-    )]
+    #[arg(long, global = true, env = "EBACKUP_KEY_FILE", value_name = "FILE")]
     pub(super) key_file: Option<PathBuf>,
     /// Memory the program may use, at least 96M [default: 256M, or 75 % of the control group's
     /// limit if that is less].
@@ -61,6 +59,29 @@ pub(super) struct Global {
     /// Stores opened so far, whose traffic the summary tells.
     #[arg(skip)]
     pub(super) opened: Opened,
+    /// Files with secrets that were read.
+    #[arg(skip)]
+    pub(super) secrets: SecretFiles,
+}
+
+/// What was in files with secrets, by path: each is read once, since it may be a pipe.
+#[derive(Clone, Default)]
+pub(super) struct SecretFiles(Arc<Mutex<HashMap<PathBuf, Arc<Vec<u8>>>>>);
+
+impl SecretFiles {
+    /// The content of the file.
+    ///
+    /// # Errors
+    /// Those of reading it the first time.
+    pub(super) fn read(&self, path: &Path) -> std::io::Result<Arc<Vec<u8>>> {
+        let mut read = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = read.get(path) {
+            return Ok(known.clone());
+        }
+        let content = Arc::new(std::fs::read(path)?);
+        read.insert(path.to_owned(), content.clone());
+        Ok(content)
+    }
 }
 
 /// Stores that are in use.
@@ -108,7 +129,7 @@ pub(super) struct S3 {
     #[arg(long, global = true, env = "EBACKUP_CA_FILE", value_name = "FILE")]
     pub(super) ca_file: Option<PathBuf>,
     /// Put the bucket's name into the path instead of the host name. OBS refuses that.
-    #[arg(long, global = true, env = "EBACKUP_PATH_STYLE")]
+    #[arg(long, global = true, env = "EBACKUP_PATH_STYLE", value_parser = FalseyValueParser::new())]
     pub(super) path_style: bool,
     /// Have the store verify what it receives: costs 1.5 seconds of CPU a GiB [default: only without
     /// TLS, which verifies it already].
@@ -159,12 +180,16 @@ pub(super) enum Command {
     Ls(Ls),
     /// Tell what differs between two snapshots.
     ///
-    /// Lines begin with + (only in the second), - (only in the first), M (content differs) or
-    /// U (owner, mode, times or attributes differ).
+    /// Lines begin with + (only in the second), - (only in the first), M (content differs),
+    /// U (owner, mode, times or attributes differ) or ! (there was something, but the second does not have
+    /// it: it could not be read, or was excluded).
     ///
     /// Example: ebackup --repo /srv/backup diff 3f2a latest
     Diff(Diff),
     /// Write a file, or a folder as a tar archive, to standard output.
+    ///
+    /// GNU tar restores everything with 'tar --xattrs --xattrs-include=* --acls -xpf -', bsdtar with
+    /// 'bsdtar -xpf -'. Sockets have no place in an archive.
     ///
     /// Example: ebackup --repo /srv/backup dump latest etc/fstab
     Dump(Dump),
@@ -339,7 +364,7 @@ pub(super) struct Which {
 pub(super) struct Restore {
     /// Id of the snapshot, the beginning of one, or 'latest'; behind a colon, a path within it.
     #[arg(value_name = "SNAPSHOT[:SUBPATH]")]
-    pub(super) snapshot: String,
+    pub(super) snapshot: OsString,
     #[command(flatten)]
     pub(super) which: Which,
     /// Folder to restore into: the content of the saved folder lands directly in it.
@@ -409,6 +434,9 @@ pub(super) struct Ls {
     /// Also what lies in the folders below.
     #[arg(long, short = 'R')]
     pub(super) recursive: bool,
+    /// Also names that were there and were excluded.
+    #[arg(long)]
+    pub(super) excluded: bool,
 }
 
 #[derive(ClapArgs)]
@@ -648,9 +676,41 @@ pub(super) enum KeyCommand {
     },
 }
 
-/// Writes the completion script for `shell` to standard output.
-pub(super) fn completions(shell: clap_complete::Shell) {
-    clap_complete::generate(shell, &mut Args::command(), "ebackup", &mut std::io::stdout());
+/// Parses a command line. What it names goes before what the environment names, also where the two are
+/// different options for the same thing.
+///
+/// # Errors
+/// When it is wrong, or asks for help or the version.
+pub(super) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Args, clap::Error> {
+    let matches = Args::command().try_get_matches_from(words)?;
+    let mut args = Args::from_arg_matches(&matches)?;
+    let mut innermost = &matches;
+    while let Some((_, below)) = innermost.subcommand() {
+        innermost = below;
+    }
+    let typed = |name| innermost.value_source(name) == Some(ValueSource::CommandLine);
+    let global = &mut args.global;
+    if global.password_file.is_some() && global.key_file.is_some() {
+        match (typed("password_file"), typed("key_file")) {
+            (true, false) => global.key_file = None,
+            (false, true) => global.password_file = None,
+            _ => {
+                let message = "there is both a password file and a key file: give one of --password-file \
+                               (EBACKUP_PASSWORD_FILE) and --key-file (EBACKUP_KEY_FILE)\n";
+                return Err(
+                    Args::command().error(clap::error::ErrorKind::ArgumentConflict, message)
+                );
+            }
+        }
+    }
+    Ok(args)
+}
+
+/// The completion script for `shell`.
+pub(super) fn completions(shell: clap_complete::Shell) -> String {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Args::command(), "ebackup", &mut script);
+    String::from_utf8_lossy(&script).into_owned()
 }
 
 /// Parses a size: a number with an optional suffix K, M, G or T (powers of 1024).

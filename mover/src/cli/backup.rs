@@ -9,11 +9,11 @@ use anyhow::{Context, Result, bail};
 use chunkstore::id::SnapshotId;
 use chunkstore::repository::Repository;
 use chunkstore::{Error, ErrorKind};
-use ignore::gitignore::{Gitignore, GitignoreBuilder};
 use serde::Serialize;
 
 use super::args::{Backup, Global, Init};
 use super::output::{Output, bytes, seconds};
+use super::patterns::Patterns;
 use super::progress::Progress;
 use super::{DONE, INCOMPLETE, keys, now, secret};
 use crate::backup::{Outcome, Request, backup};
@@ -47,13 +47,15 @@ pub(super) fn run(
     cancelled: &Arc<AtomicBool>,
 ) -> Result<u8> {
     let resources = secret::resources(global)?;
-    let excludes = exclude_rules(args)?;
-    let repository = open_or_create(global, args, output)?;
     let source = std::path::absolute(&args.path)
         .with_context(|| format!("cannot tell where '{}' is", args.path.display()))?;
+    let patterns = Patterns::new(&source, &args.exclude, &args.exclude_file)?;
+    let repository = open_or_create(global, args, output)?;
     let host = host();
     let lineage = args.lineage.clone().unwrap_or_else(|| default_lineage(&host, &source));
-    let matcher = |path: &[u8], is_dir: bool| is_excluded(excludes.as_ref(), path, is_dir);
+    let matcher = |path: &[u8], is_dir: bool| {
+        patterns.as_ref().is_some_and(|patterns| patterns.exclude(path, is_dir))
+    };
     let request = Request {
         source,
         opened: None,
@@ -61,7 +63,7 @@ pub(super) fn run(
         parent: None,
         host,
         tags: args.tag.iter().cloned().collect::<BTreeMap<_, _>>(),
-        excludes: excludes.is_some().then_some(&matcher),
+        excludes: patterns.is_some().then_some(&matcher),
         exclude_caches: args.exclude_caches,
         skip: inode_of(global.repo.as_deref()),
         one_file_system: args.one_file_system,
@@ -81,9 +83,9 @@ pub(super) fn run(
             let repository = &repository;
             scope.spawn(move || estimate(repository, request, progress, done));
         }
-        let result = backup(&repository, &request, &now, &progress);
-        done.store(true, Ordering::Relaxed);
-        result
+        // Also if it panics: the estimate is not to go on then.
+        let _done = SetAtEnd(&done);
+        backup(&repository, &request, &now, &progress)
     });
     progress.end();
     let outcome = result.map_err(|error| {
@@ -94,6 +96,12 @@ pub(super) fn run(
         }
         error.into()
     })?;
+    for pattern in patterns.iter().flat_map(Patterns::unused) {
+        // A typo, or a path elsewhere, would else be found out when the backup is too large.
+        output.note(format_args!(
+            "note: nothing was excluded by the pattern '{pattern}' (patterns are relative to the folder)"
+        ));
+    }
     report(&outcome, &progress, global, args, output)
 }
 
@@ -117,28 +125,6 @@ fn open_or_create(global: &Global, args: &Backup, output: &Output) -> Result<Arc
     } else {
         keys::create(global, &Init::default(), output)
     }
-}
-
-fn exclude_rules(args: &Backup) -> Result<Option<Gitignore>> {
-    if args.exclude.is_empty() && args.exclude_file.is_empty() {
-        return Ok(None);
-    }
-    let mut rules = GitignoreBuilder::new("");
-    for file in &args.exclude_file {
-        if let Some(error) = rules.add(file) {
-            bail!("cannot read the exclude file '{}': {error}", file.display());
-        }
-    }
-    for glob in &args.exclude {
-        rules.add_line(None, glob).with_context(|| format!("'{glob}' is not a usable pattern"))?;
-    }
-    Ok(Some(rules.build().context("the patterns to exclude cannot be used")?))
-}
-
-fn is_excluded(rules: Option<&Gitignore>, path: &[u8], is_dir: bool) -> bool {
-    use std::os::unix::ffi::OsStrExt;
-    let path = Path::new(std::ffi::OsStr::from_bytes(path));
-    rules.is_some_and(|rules| rules.matched(path, is_dir).is_ignore())
 }
 
 /// Device and inode of the repository's folder.
@@ -167,6 +153,15 @@ fn expect_as_last_time(repository: &Repository, lineage: &str, progress: &Progre
     };
     progress.expect(last.summary.bytes);
     true
+}
+
+/// Sets a flag when it goes.
+struct SetAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Adds up the sizes of all files beside the backup, so that a terminal shows how long a first one
@@ -213,7 +208,7 @@ fn report(
     );
     match outcome.id {
         Some(id) => {
-            output.line(changed)?;
+            output.line(changed);
             let parent = match outcome.parent {
                 Some(parent) => format!(" (compared with {})", parent.short()),
                 None => String::new(),
@@ -224,9 +219,9 @@ fn report(
                 bytes(summary.bytes_read),
                 bytes(summary.bytes_stored),
                 seconds(elapsed as u64),
-            ))?;
+            ));
         }
-        None => output.line(format!("would save {changed} ({})", bytes(summary.bytes_read)))?,
+        None => output.line(format!("would save {changed} ({})", bytes(summary.bytes_read))),
     }
     if warnings.all() > 0 {
         output.line(format!(
@@ -235,7 +230,7 @@ fn report(
             warnings.missing(),
             warnings.changed(),
             warnings.vanished(),
-        ))?;
+        ));
     }
     let line = SummaryLine {
         snapshot: outcome.id,
@@ -255,6 +250,6 @@ fn report(
         seconds: elapsed,
         dry_run: args.dry_run,
     };
-    output.summary(global, &line)?;
+    output.summary(global, &line);
     Ok(if warnings.missing() > 0 { INCOMPLETE } else { DONE })
 }

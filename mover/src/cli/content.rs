@@ -50,10 +50,12 @@ impl LastBlob {
 }
 
 impl<'a, 'c> ContentReader<'a, 'c> {
-    /// A reader of `node`, whose extents, if any, are what `cursor` comes to next.
+    /// A reader of `node`, of which `size` bytes are saved, and whose extents, if any, are what `cursor`
+    /// comes to next.
     pub(super) fn new(
         repository: &'a Repository,
         node: &Node,
+        size: u64,
         cursor: &'c mut EntryCursor<'a>,
         last: &'c mut LastBlob,
     ) -> Self {
@@ -63,7 +65,7 @@ impl<'a, 'c> ContentReader<'a, 'c> {
             pieces: VecDeque::new(),
             inline: Vec::new(),
             at: 0,
-            size: node.size,
+            size,
             last,
             loaded: None,
         };
@@ -80,6 +82,11 @@ impl<'a, 'c> ContentReader<'a, 'c> {
             Content::Extents => reader.extents = Some(cursor),
         }
         reader
+    }
+
+    /// Goes on at `offset`, before which there is a hole or nothing.
+    pub(super) fn skip_to(&mut self, offset: u64) {
+        self.at = offset;
     }
 
     /// The piece that covers the current place, or the next one after it.
@@ -123,7 +130,7 @@ fn whole(chunk: &chunkstore::tree::Chunk) -> Piece {
 
 impl Read for ContentReader<'_, '_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = usize::try_from(self.size - self.at).unwrap_or(usize::MAX);
+        let left = usize::try_from(self.size.saturating_sub(self.at)).unwrap_or(usize::MAX);
         let mut len = buffer.len().min(left);
         if len == 0 {
             return Ok(0);

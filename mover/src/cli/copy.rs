@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use chunkstore::ErrorKind;
 use chunkstore::codec::compress::Level;
 use chunkstore::copy::{CopySettings, Job, Known, copy_snapshot};
@@ -48,6 +48,9 @@ pub(super) fn run(
     let resources = secret::resources(global)?;
     let from = secret::open(&source(global, args))?;
     let to = open_destination(&destination(global, args), args, output)?;
+    if from.keys().repository == to.keys().repository {
+        bail!("both are the same repository: a copy would only double its snapshots");
+    }
     let wanted = wanted(&from, args, output)?;
     let mut copies = copies(&from, &to)?;
     let all: HashMap<SnapshotId, Snapshot> = from.list_snapshots()?.snapshots.into_iter().collect();
@@ -71,7 +74,7 @@ pub(super) fn run(
         }
         let what = format!("{} of {}, {}", id.short(), snapshot.lineage, snapshot.started);
         if args.dry_run {
-            output.line(format!("would copy {what}"))?;
+            output.line(format!("would copy {what}"));
             summary.copied += 1;
             continue;
         }
@@ -94,7 +97,7 @@ pub(super) fn run(
                     "copied {what} as {}, {} stored",
                     copied.id.short(),
                     bytes(copied.bytes_stored)
-                ))?;
+                ));
                 let bytes_stored = copied.bytes_stored;
                 let copy = Some(copied.id);
                 output.object(&Line {
@@ -103,7 +106,7 @@ pub(super) fn run(
                     copy,
                     bytes_stored,
                     error: None,
-                })?;
+                });
                 if let Some(chunkstore::record::Verdict::Snapshot(copy)) = to.verdict(copied.id)? {
                     copies.insert(*id, (copied.id, *copy));
                 }
@@ -119,7 +122,7 @@ pub(super) fn run(
                     copy: None,
                     bytes_stored: 0,
                     error: Some(why),
-                })?;
+                });
             }
             Err(error) => return Err(error.into()),
         }
@@ -129,11 +132,11 @@ pub(super) fn run(
     output.line(format!(
         "{copied} snapshots {would}copied, {there_already} were there already, {} stored",
         bytes(summary.bytes_stored)
-    ))?;
+    ));
     if failed > 0 {
-        output.line(format!("{failed} SNAPSHOTS ARE DAMAGED and were not copied: run 'check'"))?;
+        output.line(format!("{failed} SNAPSHOTS ARE DAMAGED and were not copied: run 'check'"));
     }
-    output.summary(global, &summary)?;
+    output.summary(global, &summary);
     Ok(if failed > 0 { INCOMPLETE } else { DONE })
 }
 

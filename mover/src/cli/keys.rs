@@ -11,7 +11,7 @@ use chunkstore::repository::Repository;
 use serde::Serialize;
 
 use super::args::{Global, Init, KeyCommand};
-use super::output::Output;
+use super::output::{Output, printable};
 use super::secret::{self, Given};
 use super::{DONE, now};
 
@@ -23,8 +23,8 @@ pub(super) fn init(global: &Global, init: &Init, output: &Output) -> Result<u8> 
         location: String,
     }
     let location = repository.store().location();
-    output.line(format!("made repository {} at {location}", repository.keys().repository))?;
-    output.object(&Made { repository: repository.keys().repository, location })?;
+    output.line(format!("made repository {} at {location}", repository.keys().repository));
+    output.object(&Made { repository: repository.keys().repository, location });
     Ok(DONE)
 }
 
@@ -68,7 +68,7 @@ pub(super) fn key(global: &Global, command: &KeyCommand, output: &Output) -> Res
         KeyCommand::Add { new_password_file, new_key_file, label } => {
             let repository = secret::open(global)?;
             let unlock = match (new_password_file, new_key_file) {
-                (Some(path), _) => Unlock::Passphrase(secret::read_password(path)?),
+                (Some(path), _) => Unlock::Passphrase(secret::read_password(global, path)?),
                 (None, Some(path)) => {
                     let key = Secret::random();
                     let comment = format!("of repository {}", repository.keys().repository);
@@ -85,8 +85,8 @@ pub(super) fn key(global: &Global, command: &KeyCommand, output: &Output) -> Res
                 label,
                 now(),
             )?;
-            output.line(format!("added key {}", slot.slot))?;
-            output.object(&slot)?;
+            output.line(format!("added key {}", slot.slot));
+            output.object(&slot);
         }
         KeyCommand::List => {
             let slots = key_slot::list(&*secret::store(global)?)?;
@@ -95,17 +95,17 @@ pub(super) fn key(global: &Global, command: &KeyCommand, output: &Output) -> Res
                     key_slot::SlotKind::Passphrase => "password",
                     key_slot::SlotKind::KeyFile => "key file",
                 };
-                let label = &slot.label;
-                output.line(format!("{}  {kind:8}  {}  {label}", slot.slot, slot.created))?;
+                let label = printable(&slot.label);
+                output.line(format!("{}  {kind:8}  {}  {label}", slot.slot, slot.created));
             }
-            output.object(&slots)?;
+            output.object(&slots);
         }
         KeyCommand::Remove { id } => {
             // Who cannot open the repository shall not lock others out by accident.
             let repository = secret::open(global)?;
             let slot: SlotId = id.parse()?;
             key_slot::remove(repository.store(), slot)?;
-            output.line(format!("removed key {slot}"))?;
+            output.line(format!("removed key {slot}"));
         }
     }
     Ok(DONE)

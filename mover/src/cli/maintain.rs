@@ -15,16 +15,14 @@ pub(super) fn check(global: &Global, args: &Check, output: &Output) -> Result<u8
     let resources = secret::resources(global)?;
     let repository = secret::open(global)?;
     let progress = |what: &str| tell(global, output, what);
-    let mut broken_pipe = Ok(());
     let mut report = |finding: Finding| {
-        let printed = output.line(&finding).and_then(|()| output.object(&finding));
-        broken_pipe = std::mem::replace(&mut broken_pipe, Ok(())).and(printed);
+        output.line(&finding);
+        output.object(&finding);
     };
     if args.repair_index {
         let summary = check::repair_index(&repository, &mut report, &progress)?;
-        output.line(&summary)?;
-        output.summary(global, &summary)?;
-        broken_pipe?;
+        output.line(&summary);
+        output.summary(global, &summary);
         return Ok(if summary.packs_damaged > 0 { INCOMPLETE } else { DONE });
     }
     let read_data = match (args.read_data, args.read_data_subset) {
@@ -36,9 +34,8 @@ pub(super) fn check(global: &Global, args: &Check, output: &Output) -> Result<u8
     let options =
         CheckOptions { read_data, threads: resources.check_threads(), unlock: Some(unlock) };
     let summary = check::check(&repository, &options, &mut report, &progress)?;
-    output.line(&summary)?;
-    output.summary(global, &summary)?;
-    broken_pipe?;
+    output.line(&summary);
+    output.summary(global, &summary);
     Ok(if summary.errors > 0 { FAILED } else { DONE })
 }
 
@@ -74,15 +71,15 @@ pub(super) fn forget(global: &Global, args: &Forget, output: &Output) -> Result<
         let zone = jiff::tz::TimeZone::system();
         let decisions = retention::plan(&snapshots, &policy, now(), &zone)?;
         for decision in &decisions {
-            output.line(decision)?;
+            output.line(decision);
         }
-        output.object(&decisions)?;
+        output.object(&decisions);
         forgotten.extend(decisions.iter().filter(|one| !one.keep).map(|one| one.id));
     } else {
         for name in &args.snapshots {
             let (id, what) =
                 snapshot::find_to_forget(&repository, name, args.lineage.as_deref(), output)?;
-            output.line(format!("forget {} {what}", id.short()))?;
+            output.line(format!("forget {} {what}", id.short()));
             forgotten.push(id);
         }
     }
@@ -98,8 +95,8 @@ pub(super) fn forget(global: &Global, args: &Forget, output: &Output) -> Result<
     }
     let dry_run = args.dry_run;
     let would = if dry_run { "would be " } else { "" };
-    output.line(format!("{} snapshots {would}forgotten", forgotten.len()))?;
-    output.summary(global, &Forgot { forgotten: &forgotten, dry_run })?;
+    output.line(format!("{} snapshots {would}forgotten", forgotten.len()));
+    output.summary(global, &Forgot { forgotten: &forgotten, dry_run });
     if args.prune && !dry_run {
         drop(repository);
         return prune(global, &Prune::default(), output);
@@ -128,8 +125,8 @@ pub(super) fn prune(global: &Global, args: &Prune, output: &Output) -> Result<u8
     };
     let progress = |what: &str| tell(global, output, what);
     let report = gc::prune(&repository, &settings, now(), &progress)?;
-    output.line(&report)?;
-    output.summary(global, &report)?;
+    output.line(&report);
+    output.summary(global, &report);
     Ok(DONE)
 }
 
@@ -137,14 +134,14 @@ pub(super) fn stats(global: &Global, output: &Output) -> Result<u8> {
     let repository = secret::open(global)?;
     let stats = gc::stats(&repository, &|what| tell(global, output, what))?;
     let register = repository.register();
-    output.line(stats)?;
-    output.line(format!("commits    decided by {register}"))?;
+    output.line(stats);
+    output.line(format!("commits    decided by {register}"));
     #[derive(Serialize)]
     struct Line {
         #[serde(flatten)]
         stats: gc::Stats,
         register: chunkstore::repository::Register,
     }
-    output.summary(global, &Line { stats, register })?;
+    output.summary(global, &Line { stats, register });
     Ok(DONE)
 }

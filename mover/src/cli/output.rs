@@ -1,7 +1,12 @@
-//! Writing results, and the end of a reader that has seen enough.
+//! Writing results, whatever becomes of the place they go to.
+//!
+//! A reader that closes the pipe (`head`) has seen what it wanted: what only tells ends there, quietly, and
+//! with 0 if all was well so far. What does something goes on to its end, and ends in another code than 0,
+//! since whoever was to learn the outcome did not. So does everything where writing fails in another way.
 
 use std::fmt::Display;
 use std::io::{self, Write};
+use std::sync::{Arc, OnceLock};
 
 use objects::Kind;
 use serde::Serialize;
@@ -9,50 +14,103 @@ use serde::Serialize;
 use super::args::Global;
 
 /// Where results go.
+#[derive(Clone)]
 pub(super) struct Output {
     /// Whether they are JSON.
     pub(super) json: bool,
+    /// Why nothing can be written any more.
+    broken: Arc<OnceLock<io::Error>>,
 }
+
+/// The reader of standard output went away before it had all of what it was to get.
+#[derive(Debug, thiserror::Error)]
+#[error("standard output was closed before everything was written to it")]
+pub(super) struct ReaderGone;
 
 impl Output {
     pub(super) fn new(json: bool) -> Self {
-        Self { json }
+        Self { json, broken: Arc::default() }
     }
 
     /// Prints a line for people; nothing in JSON mode.
-    ///
-    /// # Errors
-    /// When standard output cannot be written.
-    pub(super) fn line(&self, text: impl Display) -> io::Result<()> {
-        if self.json { Ok(()) } else { write_line(&text) }
+    pub(super) fn line(&self, text: impl Display) {
+        if !self.json {
+            self.write(&text);
+        }
+    }
+
+    /// Prints text as it is, whatever the mode.
+    pub(super) fn text(&self, text: &str) {
+        self.print(text);
     }
 
     /// Prints an object on a line of its own; nothing unless in JSON mode.
-    ///
-    /// # Errors
-    /// When standard output cannot be written.
-    pub(super) fn object(&self, value: &impl Serialize) -> io::Result<()> {
-        if self.json { write_line(&serde_json::to_string(value)?) } else { Ok(()) }
+    pub(super) fn object(&self, value: &impl Serialize) {
+        if self.json {
+            match serde_json::to_string(value) {
+                Ok(line) => self.write(&line),
+                Err(error) => self.broke(error.into()),
+            }
+        }
+    }
+
+    /// Whether somebody can still read what is printed: what only tells may stop when not.
+    pub(super) fn is_heard(&self) -> bool {
+        self.broken.get().is_none()
+    }
+
+    /// The exit code of a command that ends with `code`, after trying to write what is left. `tells` says
+    /// that it only told something: then a reader that went away had seen enough.
+    pub(super) fn end(&self, code: u8, tells: bool) -> u8 {
+        if let Err(error) = io::stdout().lock().flush() {
+            self.broke(error);
+        }
+        let Some(error) = self.broken.get() else {
+            return code;
+        };
+        if tells && error.kind() == io::ErrorKind::BrokenPipe {
+            return code;
+        }
+        let done = if tells || code != super::DONE { "" } else { "; all else was carried out" };
+        self.note(format_args!("ebackup: cannot write to standard output: {error}{done}"));
+        if code == super::DONE { super::FAILED } else { code }
+    }
+
+    fn write(&self, line: &dyn Display) {
+        self.print(&format!("{line}\n"));
+    }
+
+    fn print(&self, text: &str) {
+        if self.is_heard()
+            && let Err(error) = io::stdout().lock().write_all(text.as_bytes())
+        {
+            self.broke(error);
+        }
+    }
+
+    fn broke(&self, error: io::Error) {
+        // The first counts.
+        let _later = self.broken.set(error);
     }
 
     /// Ends the results: in JSON, an object that says so, with the stores' traffic; for people, who have
     /// read the rest already, the traffic alone.
-    ///
-    /// # Errors
-    /// When standard output cannot be written.
-    pub(super) fn summary(&self, global: &Global, value: &impl Serialize) -> io::Result<()> {
+    pub(super) fn summary(&self, global: &Global, value: &impl Serialize) {
         let traffic = global.opened.traffic();
         if !self.json {
-            return match traffic {
-                Some(traffic) => self.line(format!(
+            if let Some(traffic) = traffic {
+                self.line(format!(
                     "{traffic}, {} sent, {} received",
                     bytes(traffic.bytes_sent),
                     bytes(traffic.bytes_received)
-                )),
-                None => Ok(()),
-            };
+                ));
+            }
+            return;
         }
-        let mut value = serde_json::to_value(value)?;
+        let mut value = match serde_json::to_value(value) {
+            Ok(value) => value,
+            Err(error) => return self.broke(error.into()),
+        };
         if let Some(fields) = value.as_object_mut() {
             fields.insert("type".to_owned(), "summary".into());
             if let Some(traffic) = traffic {
@@ -70,7 +128,7 @@ impl Output {
                 fields.insert("requests".to_owned(), traffic);
             }
         }
-        self.object(&value)
+        self.object(&value);
     }
 
     /// Tells of a failure, with what to do about it.
@@ -89,25 +147,32 @@ impl Output {
             #[serde(skip_serializing_if = "Option::is_none")]
             advice: Option<&'a str>,
         }
-        let _unheard = self.object(&Failure { r#type: "error", message: &text, advice });
+        self.object(&Failure { r#type: "error", message: &text, advice });
     }
 
     /// Tells people something beside the results.
     pub(super) fn note(&self, text: impl Display) {
-        let _unheard = writeln!(io::stderr(), "{text}");
+        note(text);
     }
 }
 
-/// A reader that closes the pipe (`head`) has seen what it wanted: that ends the program quietly.
-pub(super) fn end_on_closed_pipe(error: io::Error) -> io::Error {
-    if error.kind() == io::ErrorKind::BrokenPipe {
-        std::process::exit(0);
-    }
-    error
+/// Tells people something beside the results.
+pub(super) fn note(text: impl Display) {
+    // With standard error gone there is nobody to tell.
+    let _unheard = writeln!(io::stderr(), "{text}");
 }
 
-fn write_line(text: &dyn Display) -> io::Result<()> {
-    writeln!(io::stdout().lock(), "{text}").map_err(end_on_closed_pipe)
+/// What others have named, on one line and without a command to the terminal.
+pub(super) fn printable(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for char in text.chars() {
+        if char.is_control() {
+            shown.extend(char.escape_default());
+        } else {
+            shown.push(char);
+        }
+    }
+    shown
 }
 
 /// A size for people.

@@ -27,6 +27,7 @@ pub(super) struct Progress {
 
 struct State {
     mode: Mode,
+    output: Output,
     verb: &'static str,
     start: Instant,
     cancelled: Arc<AtomicBool>,
@@ -83,6 +84,7 @@ impl Progress {
         };
         let state = Arc::new(State {
             mode,
+            output: output.clone(),
             verb,
             start: Instant::now(),
             cancelled: cancelled.clone(),
@@ -132,6 +134,26 @@ impl Progress {
     }
 }
 
+/// Columns of the terminal; a usual number where it does not say.
+fn columns() -> usize {
+    let size = rustix::termios::tcgetwinsize(io::stderr());
+    size.ok().map(|size| usize::from(size.ws_col)).filter(|columns| *columns > 0).unwrap_or(80)
+}
+
+/// A line and the end of a path behind it, no wider than a terminal: a wider one would scroll it.
+fn fit(line: &str, path: &str, columns: usize) -> String {
+    // The last column is left free: some terminals wrap when it is written.
+    let room = columns.min(120).saturating_sub(1);
+    let mut shown: String = line.chars().take(room).collect();
+    let left = room.saturating_sub(shown.chars().count() + 2);
+    if left > 0 {
+        let skip = path.chars().count().saturating_sub(left);
+        shown.push_str("  ");
+        shown.extend(path.chars().skip(skip));
+    }
+    shown
+}
+
 impl Drop for Progress {
     fn drop(&mut self) {
         self.end();
@@ -165,7 +187,7 @@ impl Monitor for Progress {
             let (path, message) = (display_path(&warning.path), &warning.message);
             let concern = warning.concern;
             let line = WarningLine { r#type: "warning", path: &path, message, concern };
-            print_json(&line);
+            state.output.object(&line);
         }
     }
 
@@ -205,7 +227,14 @@ impl State {
             let (bytes, seconds) = (done, elapsed);
             let current = &current;
             let r#type = "status";
-            return print_json(&Status { r#type, files, bytes, total_bytes, seconds, current });
+            return self.output.object(&Status {
+                r#type,
+                files,
+                bytes,
+                total_bytes,
+                seconds,
+                current,
+            });
         }
         let rate = done as f64 / elapsed.max(0.001);
         let mut line = format!("{files} entries {}, {}", self.verb, bytes(done));
@@ -218,10 +247,8 @@ impl State {
             line.push_str(&format!(", {} left", seconds(((total - done) as f64 / rate) as u64)));
         }
         if self.mode == Mode::Live {
-            let width = 100_usize.saturating_sub(line.chars().count() + 2);
-            let skip = current.chars().count().saturating_sub(width);
-            let tail: String = current.chars().skip(skip).collect();
-            let _unheard = write!(io::stderr(), "\r\x1b[K{line}  {tail}");
+            let line = fit(&line, &current, columns());
+            let _unheard = write!(io::stderr(), "\r\x1b[K{line}");
             let _unheard = io::stderr().flush();
         } else {
             let _unheard = writeln!(io::stderr(), "{line}");
@@ -236,8 +263,18 @@ impl State {
     }
 }
 
-fn print_json(value: &impl Serialize) {
-    if let Ok(line) = serde_json::to_string(value) {
-        let _unheard = writeln!(io::stdout().lock(), "{line}");
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_line_is_wider_than_the_terminal() {
+        for columns in 0..200 {
+            for path in ["", "a", &"long/path/".repeat(30)] {
+                let shown = fit("12 entries saved, 3.0 MiB, 1.0 MiB/s", path, columns);
+                assert!(shown.chars().count() <= columns.saturating_sub(1), "{columns}: {shown}");
+            }
+        }
+        assert_eq!(fit("line", "some/path", 12), "line  /path");
     }
 }

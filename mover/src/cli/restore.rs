@@ -42,9 +42,9 @@ pub(super) fn run(
     let resources = secret::resources(global)?;
     let filter = Filter::new(args)?;
     let repository = secret::open(global)?;
-    let (name, subpath) = args.snapshot.split_once(':').unwrap_or((&args.snapshot, ""));
-    let (id, snapshot) = snapshot::find(&repository, name, args.which.lineage.as_deref(), output)?;
-    let subpath = snapshot::key_of(Path::new(subpath))?;
+    let (name, subpath) = snapshot::split(&args.snapshot);
+    let (id, snapshot) = snapshot::find(&repository, &name, args.which.lineage.as_deref(), output)?;
+    let subpath = snapshot::key_of(subpath)?;
     // Before anything is made for it.
     browse::require(&repository, &snapshot, &subpath)?;
     let mut progress = Progress::start("restored", global.quiet, output, cancelled);
@@ -102,7 +102,7 @@ pub(super) fn run(
         id.short(),
         bytes(summary.bytes),
         seconds(elapsed as u64),
-    ))?;
+    ));
     for (count, what) in [
         (summary.skipped_unchanged, "files were there already"),
         (summary.deleted, "names deleted that the snapshot lacks"),
@@ -111,11 +111,11 @@ pub(super) fn run(
         (summary.files_failed, "FILES COULD NOT BE RESTORED"),
     ] {
         if count > 0 {
-            output.line(format!("{count} {what}"))?;
+            output.line(format!("{count} {what}"));
         }
     }
     let dry_run = args.dry_run;
-    output.summary(global, &SummaryLine { snapshot: id, summary, seconds: elapsed, dry_run })?;
+    output.summary(global, &SummaryLine { snapshot: id, summary, seconds: elapsed, dry_run });
     let mut code = DONE;
     if summary.files_failed > 0 || summary.files_incomplete > 0 {
         code = INCOMPLETE;

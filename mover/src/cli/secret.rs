@@ -18,9 +18,10 @@ use chunkstore::repository::Repository;
 use objects::ObjectStore;
 use objects::local::LocalStore;
 use objects::s3::{Addressing, CredentialSource, S3Config};
+use rustix::fs::{Access, access};
 
-use super::UsageError;
 use super::args::{self, Global};
+use super::{UsageError, output};
 use crate::backup::{MEMORY_BYTES_MIN, Resources};
 use crate::repository::{self, IndexCache, other_object};
 
@@ -43,10 +44,10 @@ pub(super) enum Given {
 /// When a file cannot be read, or holds no secret.
 pub(super) fn given(global: &Global) -> Result<Given> {
     if let Some(path) = &global.password_file {
-        return Ok(Given::Unlock(Unlock::Passphrase(read_password(path)?)));
+        return Ok(Given::Unlock(Unlock::Passphrase(read_password(global, path)?)));
     }
     if let Some(path) = &global.key_file {
-        return Ok(Given::Unlock(Unlock::KeyFile(read_key_file(path)?)));
+        return Ok(Given::Unlock(Unlock::KeyFile(read_key_file(global, path)?)));
     }
     match std::env::var_os(global.password_variable) {
         Some(password) if password.is_empty() => {
@@ -98,7 +99,7 @@ pub(super) fn unlock(global: &Global, id: RepositoryId) -> Result<Unlock> {
                     path.display()
                 );
             }
-            Ok(Unlock::KeyFile(read_key_file(&path)?))
+            Ok(Unlock::KeyFile(read_key_file(global, &path)?))
         }
     }
 }
@@ -209,6 +210,13 @@ fn open_bucket(url: &str, options: &args::S3) -> Result<Arc<dyn ObjectStore>> {
         ..config
     };
     let cache = cache_dir(options).filter(|_| !options.no_cache);
+    if cache.is_none() && !options.no_cache {
+        output::note(
+            "note: the index is read from the bucket piece by piece, which takes many requests: there is no \
+             folder for copies of it, as neither XDG_CACHE_HOME nor HOME is set; give --cache-dir, or \
+             --no-cache to be content with that",
+        );
+    }
     let cache = cache.map(|dir| IndexCache { dir, max_bytes: options.cache_size });
     repository::open_bucket(config, cache.as_ref())
         .with_context(|| format!("cannot use '{url}' as a repository"))
@@ -242,8 +250,10 @@ pub(super) fn default_key_file(id: RepositoryId) -> Result<PathBuf> {
 ///
 /// # Errors
 /// When the file cannot be read, or the line is empty.
-pub(super) fn read_password(path: &Path) -> Result<Vec<u8>> {
-    let text = fs::read(path)
+pub(super) fn read_password(global: &Global, path: &Path) -> Result<Vec<u8>> {
+    let text = global
+        .secrets
+        .read(path)
         .with_context(|| format!("cannot read the password file '{}'", path.display()))?;
     let line = text.split(|byte| *byte == b'\n').next().unwrap_or_default();
     let line = line.strip_suffix(b"\r").unwrap_or(line);
@@ -257,9 +267,12 @@ pub(super) fn read_password(path: &Path) -> Result<Vec<u8>> {
 ///
 /// # Errors
 /// When the file cannot be read, or is no key file.
-pub(super) fn read_key_file(path: &Path) -> Result<Secret> {
-    let text = fs::read_to_string(path)
+fn read_key_file(global: &Global, path: &Path) -> Result<Secret> {
+    let text = global
+        .secrets
+        .read(path)
         .with_context(|| format!("cannot read the key file '{}'", path.display()))?;
+    let text = String::from_utf8_lossy(&text);
     let mut lines = text.lines();
     let titled = lines.next().is_some_and(|line| line.starts_with(KEY_FILE_TITLE));
     let key = lines.next().filter(|_| titled).and_then(|line| unhex(line.trim()));
@@ -306,7 +319,23 @@ pub(super) fn resources(global: &Global) -> Result<Resources> {
     Ok(Resources::new(memory, crate::cgroup::cpus()))
 }
 
-/// A folder for temporary files without a name.
+/// A folder for temporary files without a name: the one that the environment names, or another of the
+/// system where that cannot be used.
 pub(super) fn scratch() -> PathBuf {
-    std::env::temp_dir()
+    let named = std::env::temp_dir();
+    let is_usable = |folder: &Path| access(folder, Access::WRITE_OK | Access::EXEC_OK).is_ok();
+    if is_usable(&named) {
+        return named;
+    }
+    match ["/tmp", "/var/tmp"].map(PathBuf::from).into_iter().find(|folder| is_usable(folder)) {
+        Some(usable) => {
+            let (named, usable_text) = (named.display(), usable.display());
+            output::note(format_args!(
+                "note: '{named}' (TMPDIR) cannot be used for temporary files; '{usable_text}' is used"
+            ));
+            usable
+        }
+        // Most work needs none; what does says that it has none.
+        None => named,
+    }
 }

@@ -1,16 +1,21 @@
 //! Finding the snapshot and the path within it that the user means.
 
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use anyhow::{Result, bail};
+use chunkstore::Error;
+use chunkstore::error::chain;
 use chunkstore::id::SnapshotId;
 use chunkstore::record::Snapshot;
 use chunkstore::repository::Repository;
+use jiff::SignedDuration;
 use serde::Serialize;
 
+use super::now;
 use super::output::Output;
-use std::collections::BTreeMap;
 
 /// A snapshot as JSON shows it.
 #[derive(Serialize)]
@@ -25,6 +30,10 @@ pub(super) struct SnapshotLine<'a> {
     files: u64,
     dirs: u64,
     bytes_stored: u64,
+    files_missing: u64,
+    files_changed_while_read: u64,
+    files_vanished: u64,
+    warnings: u64,
     parent: Option<SnapshotId>,
     seconds: f64,
 }
@@ -42,16 +51,31 @@ impl<'a> SnapshotLine<'a> {
             files: snapshot.summary.files,
             dirs: snapshot.summary.dirs,
             bytes_stored: snapshot.summary.bytes_stored,
+            files_missing: snapshot.summary.files_missing,
+            files_changed_while_read: snapshot.summary.files_changed_while_read,
+            files_vanished: snapshot.summary.files_vanished,
+            warnings: snapshot.summary.warnings,
             parent: snapshot.parent,
             seconds: snapshot.finished.duration_since(snapshot.started).as_secs_f64(),
         }
     }
 }
 
+/// How far ahead of this machine's clock a snapshot may be dated and still count as made.
+const CLOCKS_DIFFER: SignedDuration = SignedDuration::from_hours(24);
+
+/// Objects named in one message, at most.
+const NAMED: usize = 10;
+
+/// Whether a snapshot comes from a machine whose clock was wrong.
+pub(super) fn is_of_the_future(snapshot: &Snapshot) -> bool {
+    snapshot.started.duration_since(now()) > CLOCKS_DIFFER
+}
+
 /// The snapshot called `name`: an id, the beginning of one, or `latest`, then of `lineage` if given.
 ///
 /// # Errors
-/// When there is none, or several.
+/// When there is none, or several; `latest` also when any cannot be read, since that may be the one.
 pub(super) fn find(
     repository: &Repository,
     name: &str,
@@ -59,24 +83,27 @@ pub(super) fn find(
     output: &Output,
 ) -> Result<(SnapshotId, Snapshot)> {
     let list = repository.list_snapshots()?;
-    let damaged = list.damaged.len();
-    if name == "latest" && damaged > 0 {
-        // One of them may be the one that is meant.
-        output
-            .note(format_args!("warning: {damaged} snapshots cannot be read: run 'ebackup check'"));
-    }
     let mut matching: Vec<_> = list
         .snapshots
         .into_iter()
         .filter(|(_, snapshot)| lineage.is_none_or(|lineage| snapshot.lineage == lineage))
         .collect();
     if name == "latest" {
+        refuse_damaged(&list.damaged)?;
+        // One that is dated in the future would be the latest for as long.
+        let newest = matching.iter().rposition(|(_, snapshot)| !is_of_the_future(snapshot));
+        if let Some(newest) = newest {
+            for (id, snapshot) in matching.drain(newest + 1..) {
+                output.note(format_args!(
+                    "warning: snapshot {} is dated {}, in the future, and is not taken for the latest",
+                    id.short(),
+                    snapshot.started
+                ));
+            }
+        }
         let of = lineage.map(|lineage| format!(" of lineage '{lineage}'")).unwrap_or_default();
         return match matching.pop() {
             Some(newest) => Ok(newest),
-            None if damaged > 0 => {
-                bail!("there is no readable snapshot{of}, and {damaged} that cannot be read")
-            }
             None => bail!("there is no snapshot{of}: see 'ebackup snapshots'"),
         };
     }
@@ -96,6 +123,23 @@ pub(super) fn find(
             }
         }
     }
+}
+
+fn refuse_damaged(damaged: &[(String, Error)]) -> Result<()> {
+    let Some((_, first)) = damaged.first() else {
+        return Ok(());
+    };
+    let names: Vec<_> = damaged.iter().take(NAMED).map(|(object, _)| object.as_str()).collect();
+    let more = match damaged.len().saturating_sub(NAMED) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    bail!(
+        "which snapshot is the latest cannot be told: {}{more} cannot be read, and may be newer ({}); name \
+         a snapshot of 'ebackup snapshots', or forget what is damaged by its full name",
+        names.join(", "),
+        chain(first)
+    )
 }
 
 /// The snapshot to forget called `name`, and a description of it. Also one that cannot be read, so
@@ -118,6 +162,15 @@ pub(super) fn find_to_forget(
     }
     let (id, found) = find(repository, name, lineage, output)?;
     Ok((id, format!("{} {}", found.started, found.lineage)))
+}
+
+/// The name of a snapshot, and the path within it that may stand behind a colon.
+pub(super) fn split(named: &OsStr) -> (String, &Path) {
+    let bytes = named.as_bytes();
+    let colon = bytes.iter().position(|byte| *byte == b':').unwrap_or(bytes.len());
+    let (name, path) = bytes.split_at(colon);
+    let path = path.get(1..).unwrap_or_default();
+    (String::from_utf8_lossy(name).into_owned(), Path::new(OsStr::from_bytes(path)))
 }
 
 /// The key in a tree of a path that the user wrote: slashes at either end and `.` do not matter.

@@ -9,6 +9,7 @@
 
 pub mod images;
 pub mod scan;
+pub mod site;
 pub mod sources;
 
 use std::collections::BTreeMap;
