@@ -8,9 +8,10 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
 fi
 
 # bindfs: a real FUSE file system. attr, acl: to look at attributes with another program's eyes.
+# libarchive-tools: bsdtar, the second program that unpacks our archives.
 # radosgw and its like: a real S3 server, for which openssl makes certificates. etcd-server and its
 # like: a Kubernetes cluster, whose other programs are built from their source package, once.
-packages='bindfs attr acl util-linux radosgw ceph-mon ceph-osd ceph-common openssl ca-certificates
+packages='bindfs attr acl libarchive-tools util-linux radosgw ceph-mon ceph-osd ceph-common openssl ca-certificates
   etcd-server containerd runc containernetworking-plugins iproute2 busybox-static'
 if [ ! -e "${XDG_CACHE_HOME:-$HOME/.cache}/ebackup-test/kubernetes-1.20.2/kubectl" ]; then
   packages="$packages golang-go golang-github-modern-go-reflect2-dev make jq rsync"

@@ -7,7 +7,6 @@ use std::process::ExitCode;
 use runner::Log;
 
 mod cluster;
-mod dependencies;
 mod garage;
 mod image;
 mod layers;

@@ -6,7 +6,7 @@
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -22,7 +22,7 @@ const BYTES_MAX: u64 = 24 << 30;
 const CHOSEN: [&str; 2] = ["CARGO_TARGET_DIR", "CARGO_BUILD_BUILD_DIR"];
 
 /// Compiles, and says what Clippy says.
-const COMPILER: &str = "#!/bin/sh\nexec clippy-driver \"$@\"\n";
+const COMPILER: &str = "clippy-driver";
 
 /// Cargo in the workspace, for a subcommand that compiles nothing.
 pub(crate) fn cargo() -> Result<Command> {
@@ -100,18 +100,25 @@ fn compiler(target: &Path) -> Result<PathBuf> {
         let path = entry?.path();
         let is_one =
             path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(BEGINNING));
-        if is_one && fs::read(&path).is_ok_and(|text| text == COMPILER.as_bytes()) {
-            return Ok(path);
+        if is_one && path.join(COMPILER).exists() {
+            return Ok(path.join(COMPILER));
         }
     }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|folder| folder.join(COMPILER));
+    let found = found.into_iter().find(|program| program.is_file());
+    let found = found.with_context(|| {
+        format!("there is no {COMPILER} in PATH: install it by 'rustup component add clippy'")
+    })?;
     let random = fs::read_to_string("/proc/sys/kernel/random/uuid").context("no random number")?;
     let path = target.join(format!("{BEGINNING}{}", random.trim()));
     let part = target.join(format!("new-{BEGINNING}{}", random.trim()));
-    let made = fs::write(&part, COMPILER)
-        .and_then(|()| fs::set_permissions(&part, fs::Permissions::from_mode(0o755)))
+    // No script: a shell loses variables that it could not name, as those by which tests find programs.
+    let made = fs::create_dir(&part)
+        .and_then(|()| symlink(&found, part.join(COMPILER)))
         .and_then(|()| fs::rename(&part, &path));
     made.with_context(|| format!("cannot make {}", path.display()))?;
-    Ok(path)
+    Ok(path.join(COMPILER))
 }
 
 fn is_ours() -> bool {

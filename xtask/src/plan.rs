@@ -15,7 +15,7 @@ use crate::outputs::{cargo, cargo_on_all, cargo_with_lints};
 use crate::programs::{self, Built, Program};
 use crate::runner::{ALL, Log, Step};
 use crate::service::{Variables, root};
-use crate::{cluster, dependencies, garage, image, layers, outputs, s3, say};
+use crate::{cluster, garage, image, layers, outputs, s3, say};
 
 /// Steps that others come after.
 const PACKAGES: &str = "packages";
@@ -24,6 +24,7 @@ const KUBERNETES: &str = "Kubernetes";
 const BUILD_FIRST: &str = "build of the programs, with lints";
 const BUILD: &str = "build of all, with lints";
 const IMAGE: &str = "image";
+const CARGO_DENY: &str = "cargo deny";
 const TRIED: &str = "what tests rely on in the cluster";
 
 /// Those that start servers.
@@ -126,7 +127,6 @@ fn steps(tests: &[Program], install: bool, found: &Arc<Found>) -> Result<Vec<Ste
     let mut steps = vec![
         Step::new("layers", layers::check),
         Step::new("format", |log| log.run(cargo()?.args(["fmt", "--all", "--check"]))),
-        Step::new("dependencies", dependencies::check),
         Step::new(PACKAGES, move |log| match install {
             true => log.run(&mut Command::new(root()?.join("xtask/packages.sh"))),
             false => Ok(()),
@@ -162,6 +162,17 @@ fn steps(tests: &[Program], install: bool, found: &Arc<Found>) -> Result<Vec<Ste
         }),
     ];
     steps.extend(last.map(|step| step.after(&[BUILD]).processors(ALL)));
+    steps.extend([
+        Step::new(CARGO_DENY, cargo_deny).processors(1),
+        Step::new("dependencies", |log| {
+            log.run(
+                cargo()?
+                    .args(["deny", "--all-features", "check", "--hide-inclusion-graph"])
+                    .args(["bans", "licenses", "sources"]),
+            )
+        })
+        .after(&[CARGO_DENY]),
+    ]);
     Ok(steps)
 }
 
@@ -221,6 +232,14 @@ fn test_step(program: &Program, found: &Arc<Found>, without_conditions: bool) ->
         // It has as many threads as there are processors.
         None => (2, step.processors(ALL)),
     }
+}
+
+/// Compiles it, once for each machine, unless it is there.
+fn cargo_deny(log: &Log) -> Result<()> {
+    if log.run(cargo()?.args(["deny", "--version"])).is_ok() {
+        return Ok(());
+    }
+    log.run(cargo()?.args(["install", "--quiet", "--locked", "cargo-deny"]))
 }
 
 /// What runs in the cluster is what was just built.
