@@ -2,6 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+#[path = "common/definitions.rs"]
+mod definitions;
+
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -321,8 +324,10 @@ impl Program {
     }
 
     async fn until(&mut self, ready: bool) {
+        let begun = std::time::Instant::now();
         while self.is_ready() != Some(ready) {
             assert_eq!(self.child.try_wait().unwrap(), None, "the program ended");
+            assert!(begun.elapsed() < Duration::from_secs(120), "ready: {ready}");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
@@ -347,6 +352,7 @@ async fn the_program_leads_serves_an_agent_and_hands_over_when_told_to_end() {
     use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
 
     let cluster = Cluster::start("program").await;
+    definitions::install(&cluster.client).await;
     cluster.account(ACCOUNT).await;
     let pod = cluster.pod("agent-1", Some(NODE)).await;
     let token = cluster.token(ACCOUNT, proto::TOKEN_AUDIENCE, Some(&pod)).await;

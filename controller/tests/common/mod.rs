@@ -1,6 +1,8 @@
 //! A namespace of its own on a real API server, a location in a bucket of a real S3 server, a dispatcher, and
 //! agents that join it without a wire and do what the test says.
 
+mod definitions;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -14,9 +16,7 @@ use controller::events::Events;
 use controller::health::Readiness;
 use controller::rooms::{Context, Settings, run};
 use k8s_openapi::api::core::v1::{Namespace, Pod, Secret, ServiceAccount};
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Api, Patch, PatchParams, PostParams};
-use kube::runtime::conditions::is_crd_established;
 use kube::runtime::wait::await_condition;
 use kube::{Client, ResourceExt};
 use objects::testing::server::{TestServer, fresh};
@@ -36,11 +36,6 @@ const PATIENCE: Duration = Duration::from_secs(90);
 /// The name of the location that tests use.
 pub(crate) const LOCATION: &str = "backup-location-001";
 
-/// Waits for something, and says what when it does not come.
-pub(crate) async fn patiently<T>(what: &str, wait: impl Future<Output = T>) -> T {
-    tokio::time::timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("{what} did not happen"))
-}
-
 /// A client of the API server that the environment names.
 pub(crate) async fn client() -> Client {
     let variable = "EBACKUP_TEST_APISERVER_KUBECONFIG";
@@ -56,18 +51,6 @@ pub(crate) async fn client() -> Client {
     Client::try_from(config).unwrap()
 }
 
-/// Installs the definitions.
-pub(crate) async fn install(client: &Client) {
-    let api: Api<CustomResourceDefinition> = Api::all(client.clone());
-    for crd in controller::crds::definitions() {
-        let params = PatchParams::apply("ebackup-tests").force();
-        api.patch(&crd.name_any(), &params, &Patch::Apply(&crd)).await.unwrap();
-        let name = crd.name_any();
-        let established = await_condition(api.clone(), &name, is_crd_established());
-        patiently("that a definition is established", established).await.unwrap();
-    }
-}
-
 /// A namespace of its own.
 pub(crate) struct World {
     pub(crate) client: Client,
@@ -78,7 +61,7 @@ pub(crate) struct World {
 impl World {
     pub(crate) async fn new(name: &str) -> Self {
         let client = client().await;
-        install(&client).await;
+        definitions::install(&client).await;
         let namespace = fresh(name);
         let made = Namespace {
             metadata: kube::api::ObjectMeta { name: Some(namespace.clone()), ..Default::default() },
