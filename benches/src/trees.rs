@@ -5,7 +5,7 @@ use std::path::Path;
 
 use chunkstore::id::BlobId;
 use chunkstore::pack::Location;
-use chunkstore::tree::{BlobRef, Body, Content, Entry, Kind, Node, Timestamp};
+use chunkstore::tree::{BlobRef, Body, Content, Entry, Kind, Node, State, Timestamp};
 
 use crate::data::{self, Numbers};
 use crate::repo;
@@ -87,6 +87,7 @@ pub fn entry(number: u64, version: u64) -> Entry {
             linked: false,
             rdev: (0, 0),
             xattrs: Vec::new(),
+            state: State::Whole,
             content,
         }),
     }

@@ -60,8 +60,6 @@ pub const TREE_LEVELS_MAX: u8 = 10;
 pub const KEY_BYTES_MAX: usize = 256 << 10;
 /// All extended attributes of one entry together.
 pub const XATTR_BYTES_MAX: usize = 4 << 20;
-/// Chunks named by one entry; longer files continue in extent entries.
-pub const CHUNKS_PER_ENTRY: usize = 64;
 /// Span of a file described by one extent entry: on a grid, so that an edit in the middle of a
 /// file leaves the entries behind it as they are.
 pub const EXTENT_SPAN_BYTES: u64 = 64 << 20;

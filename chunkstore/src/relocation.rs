@@ -8,7 +8,7 @@
 //! A blob may be relocated again, and may have several copies, if two repackings met: each is right.
 //!
 //! Memory: some 20 bytes a relocated blob and 80 a relocated pack. Merging leaves out what lies between
-//! ([`Relocations::shorten`]), so that this does not grow with each repacking.
+//! (`Relocations::shorten`), so that this does not grow with each repacking.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::IoSlice;

@@ -116,13 +116,15 @@ pub enum State {
     Cache = 5,
     /// A folder that holds the repository itself, which was not looked into.
     Repository = 6,
+    /// An object of which not all extended attributes could be read.
+    Stripped = 7,
 }
 
 impl State {
     /// The state with this number.
     pub fn from_byte(byte: u8) -> Option<Self> {
-        use State::{Cache, Changed, Cut, Kept, OtherFileSystem, Repository, Whole};
-        [Whole, Changed, Cut, Kept, OtherFileSystem, Cache, Repository]
+        use State::{Cache, Changed, Cut, Kept, OtherFileSystem, Repository, Stripped, Whole};
+        [Whole, Changed, Cut, Kept, OtherFileSystem, Cache, Repository, Stripped]
             .get(usize::from(byte))
             .copied()
     }
@@ -130,7 +132,7 @@ impl State {
     /// Whether an entry of this kind can be in this state.
     pub fn suits(self, kind: Kind) -> bool {
         match self {
-            Self::Whole => true,
+            Self::Whole | Self::Stripped => true,
             Self::Changed | Self::Kept => kind == Kind::File,
             Self::Cut => matches!(kind, Kind::File | Kind::Dir),
             Self::OtherFileSystem | Self::Cache | Self::Repository => kind == Kind::Dir,
@@ -158,6 +160,7 @@ impl State {
             }
             Self::OtherFileSystem => "another file system, left out when it was saved",
             Self::Cache => "a cache, left out when it was saved",
+            Self::Stripped => "not all of its extended attributes could be read when it was saved",
             Self::Repository => "the repository itself, left out when it was saved",
         })
     }

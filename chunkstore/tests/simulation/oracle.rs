@@ -1,6 +1,6 @@
 //! Watches over the listed snapshots.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, btree_map};
 use std::sync::Arc;
 
 use chunkstore::error::Result;
@@ -66,11 +66,11 @@ impl Oracle {
             leaves.push(snapshot.root);
         }
         for leaf in leaves {
-            if !self.leaves.contains_key(&leaf.id) {
+            if let btree_map::Entry::Vacant(unknown) = self.leaves.entry(leaf.id) {
                 let at = TreeCursor::new(repository, leaf, 0).next_leaf()?.unwrap();
                 let blobs = at.leaf.entries.iter().flat_map(Entry::blobs);
                 let data = blobs.map(|blob| (PackClass::Data, blob.location)).collect();
-                self.leaves.insert(leaf.id, data);
+                unknown.insert(data);
             }
             found.extend(&self.leaves[&leaf.id]);
         }

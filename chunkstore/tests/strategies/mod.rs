@@ -116,7 +116,7 @@ pub fn node() -> impl Strategy<Value = Node> {
 }
 
 fn state() -> impl Strategy<Value = State> {
-    (0..7_u8).prop_map(|state| State::from_byte(state).unwrap())
+    (0..8_u8).prop_map(|state| State::from_byte(state).unwrap())
 }
 
 fn end() -> impl Strategy<Value = End> {

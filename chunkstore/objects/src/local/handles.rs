@@ -5,13 +5,24 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Files kept open: a few index objects and the packs a restore is busy with, far below the usual
-/// limit of 1,024 open files per process.
+/// Files kept open: a few index objects and the packs a restore is busy with; but no more than a quarter
+/// of those that the process may open.
 const HANDLES_MAX: usize = 256;
 
 /// A bounded set of open files, of which the one unused for longest gives way.
-#[derive(Default)]
-pub(super) struct Handles(Mutex<Table>);
+pub(super) struct Handles {
+    table: Mutex<Table>,
+    max: usize,
+}
+
+impl Default for Handles {
+    fn default() -> Self {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let quarter = limit.map_or(u64::MAX, |limit| limit / 4);
+        let max = usize::try_from(quarter).unwrap_or(usize::MAX).clamp(1, HANDLES_MAX);
+        Self { table: Mutex::default(), max }
+    }
+}
 
 #[derive(Default)]
 struct Table {
@@ -40,7 +51,7 @@ impl Handles {
         let mut table = self.lock();
         table.uses += 1;
         let handle = Handle { file, last_use: table.uses };
-        let oldest = if table.by_key.len() >= HANDLES_MAX && !table.by_key.contains_key(key) {
+        let oldest = if table.by_key.len() >= self.max && !table.by_key.contains_key(key) {
             let oldest = table.by_key.iter().min_by_key(|(_, handle)| handle.last_use);
             oldest.map(|(key, _)| key.clone())
         } else {
@@ -59,7 +70,7 @@ impl Handles {
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
