@@ -16,16 +16,19 @@
 //! wait for nobody but the writer, which waits only for uploads.
 //!
 //! An entry that has not changed since the parent snapshot costs one `lstat` and a comparison, unless its
-//! bundle is given up (`sparse`); a leaf of
+//! bundle is given up (`bundle_use`); a leaf of
 //! the parent's tree whose entries all recur is taken over without being encoded.
 
 mod assemble;
-mod file;
+mod bundle;
+mod bundle_use;
+mod large;
 mod parent;
 mod pipeline;
-mod scan;
+mod read;
 mod settings;
-mod sparse;
+mod walk;
+mod worker;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -43,6 +46,7 @@ pub use parent::ChangedBy;
 pub use settings::{MEMORY_BYTES_MIN, Resources};
 
 use assemble::Tree;
+use settings::OpenDirs;
 
 use crate::fs::Dir;
 use crate::monitor::{Monitor, Warning, WarningCounts};
@@ -114,10 +118,11 @@ pub fn backup(
         Some(opened) => opened.clone(),
         None => open_source(&request.source)?,
     };
+    let open_dirs = OpenDirs::new(crate::fs::open_files(), request.resources.workers)?;
     if request.dry_run {
         let parent = find_parent(repository, request)?;
         let id = parent.as_ref().map(|(id, _)| *id);
-        let summary = scan::dry_run(repository, request, root, parent, monitor)?;
+        let summary = walk::dry_run(repository, request, root, parent, open_dirs, monitor)?;
         return Ok(Outcome { id: None, parent: id, summary });
     }
     let session = Session {
@@ -133,7 +138,7 @@ pub fn backup(
     let mut parent_id = None;
     let scanned = find_parent(repository, request).and_then(|parent| {
         parent_id = parent.as_ref().map(|(id, _)| *id);
-        scan::scan(repository, &writer, request, root, parent, monitor)
+        walk::scan(repository, &writer, request, root, parent, open_dirs, monitor)
     });
     let Tree { root, level, mut summary, sparse } = match scanned {
         Ok(scanned) => scanned,

@@ -11,7 +11,7 @@
 //! ```
 //! # Where files are written
 //! In a folder that we have just made nobody else can do anything yet: small files get their names at once. Everywhere
-//! else, and what is written piece by piece, waits in a [hidden folder](hidden) until it is whole and has its
+//! else, and what is written piece by piece, waits in a hidden folder (`hidden`) until it is whole and has its
 //! metadata; then one rename puts it in the place of what has its name. So an existing file goes only when the
 //! new one is there. Writing into existing files has to be asked for.
 //!

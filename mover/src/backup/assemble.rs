@@ -8,11 +8,13 @@ use std::sync::Arc;
 
 use chunkstore::record::Summary;
 use chunkstore::tree::{
-    Body, Content, Entry, Kind, LeafAt, Liveness, Node, NodeRef, Timestamp, TreeBuilder,
+    Body, Content, Entry, Kind, LeafAt, Liveness, Node, NodeRef, State, Timestamp, TreeBuilder,
 };
 use chunkstore::{Error, Result};
 
-use super::sparse::BundleUse;
+use super::bundle_use::BundleUse;
+use super::parent::ChangedBy;
+use crate::fs::Meta;
 
 /// Number of a place in the queue that waits for content.
 pub(super) type Ticket = u64;
@@ -25,10 +27,12 @@ enum Item {
     Ready(Entry),
     /// Consecutive unchanged entries of a leaf of the parent.
     Run { leaf: Arc<LeafAt>, from: usize, to: usize },
-    /// Waits for its content.
-    Waiting { key: Vec<u8> },
+    /// Waits for its content, and others that are names of the same file with it.
+    Waiting { key: Vec<u8>, link: Option<LinkKey> },
+    /// It has come.
+    Read { entry: Entry, link: LinkKey },
     /// Another name of a file met before.
-    Link { key: Vec<u8>, node: Node },
+    Link(Link),
     /// Turned out not to be there.
     Gone,
 }
@@ -40,20 +44,68 @@ pub(super) struct Assembler<'a> {
     first: Ticket,
     bytes: usize,
     bytes_max: usize,
-    links: HashMap<(u32, u64), Option<Read>>,
-    /// Names of files whose first name could not be read, to be reported.
-    unread_links: Vec<Vec<u8>>,
+    /// Files with several names that are being read, or were.
+    links: HashMap<LinkKey, Option<ReadOnce>>,
     summary: Summary,
     bundles: BundleUse,
 }
 
-/// What a file with several names was when it was read. All its names get that, lest the size of one
-/// belong to another moment than its content.
-struct Read {
-    content: Content,
+/// What tells that two names are of one file. An inode number alone says nothing: it is used again as soon
+/// as a file is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct LinkKey {
+    fs: u32,
+    ino: u64,
     size: u64,
     mtime: Timestamp,
     ctime: Timestamp,
+}
+
+impl LinkKey {
+    /// That of the file `meta` describes.
+    pub(super) fn of(meta: &Meta, fs: u32) -> Self {
+        let Meta { ino, size, mtime, ctime, .. } = *meta;
+        Self { fs, ino, size, mtime, ctime }
+    }
+
+    fn of_node(node: &Node) -> Self {
+        let Node { fs, ino, size, mtime, ctime, .. } = *node;
+        Self { fs, ino, size, mtime, ctime }
+    }
+}
+
+/// Another name of a file met before.
+pub(super) struct Link {
+    pub(super) key: Vec<u8>,
+    pub(super) node: Node,
+    pub(super) link: LinkKey,
+    /// How to tell that the file changes, should this be the name it is read by.
+    pub(super) changed_by: ChangedBy,
+}
+
+/// Another name of a file whose first name could not be read. Its place in the queue waits for it.
+pub(super) struct UnreadLink {
+    pub(super) ticket: Ticket,
+    pub(super) key: Vec<u8>,
+    pub(super) fs: u32,
+    pub(super) changed_by: ChangedBy,
+}
+
+/// What a file with several names was when it was read. All its names get that, lest the size of one
+/// belong to another moment than its content.
+struct ReadOnce {
+    content: Content,
+    state: State,
+    size: u64,
+    mtime: Timestamp,
+    ctime: Timestamp,
+}
+
+impl ReadOnce {
+    fn of(node: &Node) -> Self {
+        let Node { state, size, mtime, ctime, .. } = *node;
+        Self { content: node.content.clone(), state, size, mtime, ctime }
+    }
 }
 
 /// A finished tree.
@@ -78,7 +130,6 @@ impl<'a> Assembler<'a> {
             bytes: 0,
             bytes_max,
             links: HashMap::new(),
-            unread_links: Vec::new(),
             summary: Summary::default(),
             bundles,
         }
@@ -115,56 +166,69 @@ impl<'a> Assembler<'a> {
         self.append(Item::Run { leaf: leaf.clone(), from: at, to: at + 1 }, bytes - ITEM_BYTES);
     }
 
-    /// Appends a place for an entry whose content is being read.
-    pub(super) fn reserve(&mut self, key: Vec<u8>) -> Ticket {
+    /// Appends a place for an entry whose content is being read; that of all names of `link`, if it has
+    /// several.
+    pub(super) fn reserve(&mut self, key: Vec<u8>, link: Option<LinkKey>) -> Ticket {
+        let link = link.filter(|_| self.links.len() < LINKS_MAX);
+        if let Some(link) = link {
+            self.links.insert(link, None);
+        }
         let bytes = key.len();
-        self.append(Item::Waiting { key }, bytes)
+        self.append(Item::Waiting { key, link }, bytes)
     }
 
     /// Whether this file was met under another name, so that it need not be read again.
-    pub(super) fn is_known_link(&self, fs: u32, ino: u64) -> bool {
-        self.links.contains_key(&(fs, ino))
-    }
-
-    /// Notes that a file with several names is about to be read.
-    pub(super) fn expect_link(&mut self, fs: u32, ino: u64) {
-        if self.links.len() < LINKS_MAX {
-            self.links.insert((fs, ino), None);
-        }
+    pub(super) fn is_known_link(&self, link: &LinkKey) -> bool {
+        self.links.contains_key(link)
     }
 
     /// Appends another name of a file met before.
-    pub(super) fn push_link(&mut self, key: Vec<u8>, node: Node) {
-        let bytes = key.len();
-        self.append(Item::Link { key, node }, bytes);
+    pub(super) fn push_link(&mut self, link: Link) {
+        let bytes = link.key.len();
+        self.append(Item::Link(link), bytes);
     }
 
     /// Fills a place; `None` if there is nothing to be saved.
-    pub(super) fn resolve(&mut self, ticket: Ticket, node: Option<Node>) {
+    pub(super) fn resolve(&mut self, ticket: Ticket, body: Option<Body>) {
         let place = &mut self.queue[(ticket - self.first) as usize];
-        *place = match (std::mem::replace(place, Item::Gone), node) {
-            (Item::Waiting { key }, Some(node)) => {
-                Item::Ready(Entry { key, body: Body::Node(node) })
+        let Item::Waiting { key, link } = std::mem::replace(place, Item::Gone) else {
+            return;
+        };
+        *place = match (body, link) {
+            (Some(body @ Body::Node(_)), Some(link)) => {
+                Item::Read { entry: Entry { key, body }, link }
             }
-            _ => Item::Gone,
+            (body, link) => {
+                if let Some(link) = link {
+                    self.links.remove(&link);
+                }
+                body.map_or(Item::Gone, |body| Item::Ready(Entry { key, body }))
+            }
         };
     }
 
     /// Moves what is complete from the front of the queue into the tree. A run at the very end may
-    /// still grow and stays, unless this is the `last` call.
-    pub(super) fn advance(&mut self, last: bool) -> Result<()> {
+    /// still grow and stays, unless this is the `last` call. Returns a name by which a file has to be
+    /// read after all.
+    pub(super) fn advance(&mut self, last: bool) -> Result<Option<UnreadLink>> {
         loop {
-            match self.queue.front() {
-                None | Some(Item::Waiting { .. }) => return Ok(()),
+            let is_alone = self.queue.len() == 1;
+            match self.queue.front_mut() {
+                None | Some(Item::Waiting { .. }) => return Ok(None),
                 Some(Item::Run { leaf, to, .. })
-                    if !last && self.queue.len() == 1 && *to < leaf.leaf.entries.len() =>
+                    if !last && is_alone && *to < leaf.leaf.entries.len() =>
                 {
-                    return Ok(());
+                    return Ok(None);
+                }
+                Some(front @ Item::Link(_)) => {
+                    if let Some(unread) = unread_link(front, &mut self.links, self.first) {
+                        return Ok(Some(unread));
+                    }
                 }
                 Some(_) => {}
             }
             let Some(item) = self.queue.pop_front() else {
-                return Ok(());
+                return Ok(None);
             };
             self.first += 1;
             let bytes = self.build(item)?;
@@ -181,22 +245,27 @@ impl<'a> Assembler<'a> {
                 self.builder.push(&entry)?;
                 Ok(ITEM_BYTES + entry.key.len())
             }
-            Item::Link { key, mut node } => {
-                let bytes = ITEM_BYTES + key.len();
-                match self.links.get(&(node.fs, node.ino)) {
-                    Some(Some(read)) => {
-                        node.content = read.content.clone();
-                        (node.size, node.mtime, node.ctime) = (read.size, read.mtime, read.ctime);
-                    }
-                    _ => {
-                        self.unread_links.push(key);
-                        return Ok(bytes);
-                    }
+            Item::Read { entry, link } => {
+                self.note(&entry);
+                if let Some(node) = entry.node() {
+                    self.links.insert(link, Some(ReadOnce::of(node)));
+                }
+                self.builder.push(&entry)?;
+                Ok(ITEM_BYTES + entry.key.len())
+            }
+            Item::Link(Link { key, mut node, link, .. }) => {
+                let Some(Some(read)) = self.links.get(&link) else {
+                    return Err(Error::invalid("a further name was built before its file"));
+                };
+                node.content = read.content.clone();
+                (node.size, node.mtime, node.ctime) = (read.size, read.mtime, read.ctime);
+                if read.state != State::Whole {
+                    node.state = read.state;
                 }
                 let entry = Entry { key, body: Body::Node(node) };
                 count(&mut self.summary, &entry);
                 self.builder.push(&entry)?;
-                Ok(bytes)
+                Ok(ITEM_BYTES + entry.key.len())
             }
             Item::Run { leaf, from, to } => {
                 self.add_run(&leaf, from, to)?;
@@ -220,42 +289,24 @@ impl<'a> Assembler<'a> {
     /// Counts an entry of the new tree, what it uses only if it is the first name of its file.
     fn note(&mut self, entry: &Entry) {
         count(&mut self.summary, entry);
-        let is_further_name = entry.node().is_some_and(|node| {
-            node.linked && matches!(self.links.get(&(node.fs, node.ino)), Some(Some(_)))
-        });
+        let link = entry.node().filter(|node| node.linked && node.kind == Kind::File);
+        let link = link.map(|node| (LinkKey::of_node(node), node));
+        let is_further_name =
+            link.is_some_and(|(key, _)| matches!(self.links.get(&key), Some(Some(_))));
         if !is_further_name {
             self.bundles.add(entry);
         }
-        self.note_link(entry);
-    }
-
-    /// Remembers the content of a file with several names, for the other ones.
-    fn note_link(&mut self, entry: &Entry) {
-        let Some(node) = entry.node().filter(|node| node.linked && node.kind == Kind::File) else {
-            return;
-        };
         // The content of a large file is in the entries behind it: its other names are read again.
-        if node.content == Content::Extents {
-            self.links.remove(&(node.fs, node.ino));
-        } else if self.links.len() < LINKS_MAX || self.links.contains_key(&(node.fs, node.ino)) {
-            let read = Read {
-                content: node.content.clone(),
-                size: node.size,
-                mtime: node.mtime,
-                ctime: node.ctime,
-            };
-            self.links.insert((node.fs, node.ino), Some(read));
+        if let Some((key, node)) = link
+            && node.content != Content::Extents
+            && (self.links.len() < LINKS_MAX || self.links.contains_key(&key))
+        {
+            self.links.insert(key, Some(ReadOnce::of(node)));
         }
     }
 
-    /// Keys of entries left out because another name of the same file could not be read.
-    pub(super) fn take_unread_links(&mut self) -> Vec<Vec<u8>> {
-        std::mem::take(&mut self.unread_links)
-    }
-
-    /// Finishes the tree, all content having come.
-    pub(super) fn finish(mut self) -> Result<Tree> {
-        self.advance(true)?;
+    /// Finishes the tree, all having been moved into it.
+    pub(super) fn finish(self) -> Result<Tree> {
         if !self.queue.is_empty() {
             return Err(Error::invalid("an entry was never read"));
         }
@@ -263,6 +314,25 @@ impl<'a> Assembler<'a> {
         let (root, level) = root.ok_or_else(|| Error::invalid("the folder has no entry"))?;
         Ok(Tree { root, level, summary: self.summary, sparse: self.bundles.sparse() })
     }
+}
+
+/// If the file that `front` is another name of could not be read by the first one, has it read by this
+/// one, and all further ones wait for that.
+fn unread_link(
+    front: &mut Item,
+    links: &mut HashMap<LinkKey, Option<ReadOnce>>,
+    ticket: Ticket,
+) -> Option<UnreadLink> {
+    let Item::Link(unread) = &*front else { return None };
+    let link = unread.link;
+    if matches!(links.get(&link), Some(Some(_))) {
+        return None;
+    }
+    links.insert(link, None);
+    let key = unread.key.clone();
+    let (fs, changed_by) = (unread.node.fs, unread.changed_by);
+    *front = Item::Waiting { key: key.clone(), link: Some(link) };
+    Some(UnreadLink { ticket, key, fs, changed_by })
 }
 
 /// Counts an entry of the new tree.

@@ -6,12 +6,12 @@ use chunkstore::Result;
 use chunkstore::record::Snapshot;
 use chunkstore::repository::Repository;
 use chunkstore::tree::{
-    Body, Content, Entry, EntryCursor, Kind, LeafAt, Liveness, Node, Timestamp, TreeCursor,
-    for_each_node,
+    Body, Content, Entry, EntryCursor, Kind, LeafAt, Liveness, Node, NodeRef, State, Timestamp,
+    TreeCursor, extent_key, for_each_node,
 };
 use chunkstore::writer::Writer;
 
-use super::file::Known;
+use super::read::Known;
 use crate::fs::{FsTraits, Meta};
 
 /// How a changed file is told from an unchanged one.
@@ -39,6 +39,8 @@ const RACY_SECONDS: i64 = 2;
 
 /// Entries of the parent snapshot, in step with the scan.
 pub(super) struct Parent<'a> {
+    repository: &'a Repository,
+    root: (NodeRef, u8),
     cursor: EntryCursor<'a>,
     writer: Option<&'a Writer>,
     trusted_before: i64,
@@ -66,25 +68,44 @@ impl Found {
         self.entry().node()
     }
 
-    /// Whether everything it refers to may be referred to again.
-    pub(super) fn is_usable(&self) -> bool {
-        self.usable
-    }
-
     /// The same, to be stored anew although it is unchanged.
     pub(super) fn give_up(self) -> Self {
         Self { given_up: true, ..self }
     }
 
-    /// What there is of it, if it is a small file that can be referred to again.
-    pub(super) fn small_file(&self) -> Option<Known> {
-        let node = self.node().filter(|_| self.usable)?;
-        let Content::Part { .. } = node.content else { return None };
-        Some(if self.given_up {
-            Known::GivenUp(Box::new(node.clone()))
-        } else {
-            Known::Part(node.content.clone(), node.size)
-        })
+    /// What there is of it, if it is a file whose content can be referred to again by its entry alone.
+    pub(super) fn known_file(&self) -> Option<Known> {
+        let node = self.node().filter(|node| self.usable && node.kind == Kind::File)?;
+        if node.content == Content::Extents {
+            return None;
+        }
+        Some(Known { node: Box::new(node.clone()), given_up: self.given_up })
+    }
+
+    /// Whether it is a large file of which as much can be referred to again.
+    pub(super) fn is_large_file(&self) -> bool {
+        self.node().is_some_and(|node| self.usable && node.content == Content::Extents)
+    }
+}
+
+/// What follows a large file in the parent's tree: extents, and perhaps an end.
+pub(super) struct Extents {
+    /// The first of them.
+    first: Vec<Found>,
+    count: usize,
+    /// Whether everything they refer to may be referred to again.
+    pub(super) are_usable: bool,
+    /// Whether no end says that the file was not read as it should be.
+    pub(super) are_whole: bool,
+}
+
+impl Extents {
+    /// That many are kept, some 2 MiB, for files of up to 32 GiB; of larger ones they are read again.
+    const KEPT_MAX: usize = 512;
+
+    /// Those kept, if these are all.
+    pub(super) fn all(&self) -> Option<&[Found]> {
+        (self.first.len() == self.count).then_some(&self.first)
     }
 }
 
@@ -104,6 +125,8 @@ impl<'a> Parent<'a> {
         }
         let leaves = TreeCursor::new(repository, snapshot.root, snapshot.level);
         Ok(Self {
+            repository,
+            root: (snapshot.root, snapshot.level),
             cursor: EntryCursor::new(leaves),
             writer,
             trusted_before: snapshot.started.as_second() - RACY_SECONDS,
@@ -131,18 +154,46 @@ impl<'a> Parent<'a> {
         }
     }
 
-    /// The extent entry that follows a large file just found.
-    pub(super) fn next_extent(&mut self) -> Result<Option<Found>> {
-        let Some((leaf, at)) = self.cursor.peek_at()? else {
-            return Ok(None);
-        };
-        if !matches!(leaf.leaf.entries[at].body, Body::Extent(_)) {
-            return Ok(None);
+    /// What follows the large file just found.
+    pub(super) fn extents(&mut self) -> Result<Extents> {
+        let mut extents =
+            Extents { first: Vec::new(), count: 0, are_usable: true, are_whole: true };
+        while let Some((leaf, at)) = self.cursor.peek_at()? {
+            let entry = &leaf.leaf.entries[at];
+            if !entry.continues_file() {
+                break;
+            }
+            extents.are_whole &= !matches!(entry.body, Body::End(_));
+            let leaf = leaf.clone();
+            self.cursor.advance();
+            let usable = self.usable(&leaf, at);
+            extents.are_usable &= usable;
+            if extents.first.len() < Extents::KEPT_MAX {
+                extents.first.push(Found { leaf, at, usable, given_up: false });
+            }
+            extents.count += 1;
         }
-        let leaf = leaf.clone();
-        self.cursor.advance();
-        let usable = self.usable(&leaf, at);
-        Ok(Some(Found { leaf, at, usable, given_up: false }))
+        Ok(extents)
+    }
+
+    /// Calls `each` for everything that follows the large file with this key, reading it again.
+    pub(super) fn for_each_extent(
+        &self,
+        key: &[u8],
+        each: &mut dyn FnMut(&Found) -> Result<()>,
+    ) -> Result<()> {
+        let (root, level) = self.root;
+        let mut cursor = EntryCursor::new(TreeCursor::new(self.repository, root, level));
+        cursor.seek(&extent_key(key, 0))?;
+        while let Some((leaf, at)) = cursor.peek_at()? {
+            let entry = &leaf.leaf.entries[at];
+            if !entry.continues_file() || !entry.key.starts_with(key) {
+                break;
+            }
+            each(&Found { leaf: leaf.clone(), at, usable: true, given_up: false })?;
+            cursor.advance();
+        }
+        Ok(())
     }
 
     fn usable(&mut self, leaf: &Arc<LeafAt>, at: usize) -> bool {
@@ -160,11 +211,12 @@ impl<'a> Parent<'a> {
         all || blobs().all(|blob| writer.is_usable_at(blob.location))
     }
 
-    /// Whether the entry found is what `meta` describes, and may be taken over unread.
+    /// Whether the entry found is what `meta` describes, in that state, and may be taken over unread.
     pub(super) fn is_unchanged(
         &self,
         found: &Found,
         meta: &Meta,
+        state: State,
         fs: u32,
         changed_by: ChangedBy,
     ) -> bool {
@@ -173,6 +225,7 @@ impl<'a> Parent<'a> {
         };
         let sized = matches!(node.kind, Kind::File | Kind::Symlink);
         let same = node.kind == meta.kind
+            && node.state == state
             && (!sized || node.size == meta.size)
             && node.mtime == meta.mtime
             && node.mode == meta.mode

@@ -3,30 +3,47 @@
 //! The only producer of jobs and the only consumer of results: it never waits for a worker while holding
 //! what the worker needs.
 
-use std::collections::VecDeque;
-use std::fs::File;
-use std::io;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use chunkstore::limits::{EXTENT_SPAN_BYTES, SMALL_FILE_BYTES};
-use chunkstore::tree::{BlobRef, Body, Chunk, Content, Entry, TreeBuilder, extent_key};
-use chunkstore::{Error, ErrorKind, Result};
-use crossbeam_channel::{Receiver, Sender};
+use chunkstore::limits::SMALL_FILE_BYTES;
+use chunkstore::tree::{Body, Content, End, Entry, TreeBuilder, end_key};
+use chunkstore::{Error, Result};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::Resources;
-use super::assemble::{Assembler, Tree};
-use super::file::{
-    self, BlockReader, Blocks, BundlePlanner, Done, FileToRead, Job, LARGE_FILE_BYTES, Opened,
-    Shared,
-};
+use super::assemble::{Assembler, Link, LinkKey, Tree, UnreadLink};
+use super::bundle::BundlePlanner;
+use super::bundle_use::BundleUse;
+use super::large::{Block, BlockReader, Blocks, LargeFile};
 use super::parent::Found;
-use super::scan::{NewFile, Sink, path};
-use super::sparse::BundleUse;
-use crate::monitor::{Concern, Warning};
+use super::read::{self, FileToRead, LARGE_FILE_BYTES, Read, Unread, is_shorter};
+use super::walk::{NewFile, Sink, path};
+use super::worker::{self, Done, Job, Shared, worker_died};
+use crate::fs::Dir;
+
+/// How often waits look whether the backup is cancelled.
+const CANCEL_CHECK: Duration = Duration::from_millis(200);
+
+/// What is saved.
+pub(super) struct Source {
+    pub(super) root: Dir,
+    /// Folders held open for the files of one bundle.
+    pub(super) bundle_dirs: usize,
+}
+
+/// Who does the work: where jobs go, where results come from, and what all share.
+pub(super) struct Workers<'a> {
+    pub(super) jobs: Sender<Job>,
+    pub(super) done: Receiver<Done>,
+    pub(super) shared: &'a Shared<'a>,
+}
 
 /// Hands files to the workers and puts what comes back in its place.
 pub(super) struct Pipeline<'a> {
     assembler: Assembler<'a>,
+    /// The folder that is saved.
+    root: Dir,
     bundle: BundlePlanner,
     /// The folder of the file last put into the bundle, to count folders.
     bundle_dir: Option<Vec<u8>>,
@@ -50,38 +67,37 @@ impl Sink for Pipeline<'_> {
         Ok(())
     }
 
-    fn file(&mut self, file: NewFile) -> Result<()> {
+    fn file(&mut self, file: NewFile) -> Result<Option<Unread>> {
         self.shared.monitor.advance(1, 0);
-        let NewFile { key, path, dir, name, meta, fs, known } = file;
-        let linked = meta.nlink > 1 && meta.size <= LARGE_FILE_BYTES;
-        if linked && self.assembler.is_known_link(fs, meta.ino) {
-            let xattrs = file::keep_xattrs(self.shared.monitor, &path, dir.xattrs(&name));
-            let node = file::node(&meta, fs, xattrs, Content::None);
-            self.assembler.push_link(key, node);
-            return Ok(());
-        }
-        if linked {
-            self.assembler.expect_link(fs, meta.ino);
-        }
+        let NewFile { key, path, dir, name, meta, fs, changed_by, known } = file;
+        let file = FileToRead { ticket: 0, dir, name, path, fs, changed_by, known };
         if meta.size > LARGE_FILE_BYTES {
-            let file = FileToRead { ticket: 0, dir, name, path, fs, known };
             return self.large_file(&key, &file);
         }
-        let folder_len = key.len() - name.len();
-        let folder = &key[..folder_len];
+        let link = (meta.nlink > 1).then(|| LinkKey::of(&meta, fs));
+        if let Some(link) = link.filter(|link| self.assembler.is_known_link(link)) {
+            let (xattrs, state) =
+                read::keep_xattrs(self.shared.monitor, &file.path, file.dir.xattrs(&file.name));
+            let mut node = read::node(&meta, fs, xattrs, Content::None);
+            node.state = state;
+            self.assembler.push_link(Link { key, node, link, changed_by });
+            return Ok(None);
+        }
+        let folder = &key[..key.len() - file.name.len()];
         let new_dir = self.bundle_dir.as_deref() != Some(folder);
         if new_dir {
             self.bundle_dir = Some(folder.to_vec());
         }
-        let ticket = self.assembler.reserve(key);
-        let file = FileToRead { ticket, dir, name, path, fs, known };
+        let ticket = self.assembler.reserve(key, link);
+        let file = FileToRead { ticket, ..file };
         if meta.size >= SMALL_FILE_BYTES {
-            return self.submit(Job::File(file));
+            self.submit(Job::File(file))?;
+            return Ok(None);
         }
         for bundle in self.bundle.push(file, meta.size, new_dir).into_iter().flatten() {
             self.submit(Job::Bundle(bundle))?;
         }
-        Ok(())
+        Ok(None)
     }
 
     fn make_room(&mut self) -> Result<()> {
@@ -104,16 +120,16 @@ impl Sink for Pipeline<'_> {
 
 impl<'a> Pipeline<'a> {
     pub(super) fn new(
+        source: Source,
         builder: TreeBuilder<'a>,
         bundles: BundleUse,
         resources: &Resources,
-        jobs: Sender<Job>,
-        done: Receiver<Done>,
-        shared: &'a Shared<'a>,
+        Workers { jobs, done, shared }: Workers<'a>,
     ) -> Self {
         Self {
             assembler: Assembler::new(builder, resources.queue_bytes(), bundles),
-            bundle: BundlePlanner::new(shared.repository.keys().cut()),
+            root: source.root,
+            bundle: BundlePlanner::new(shared.repository.keys().cut(), source.bundle_dirs),
             bundle_dir: None,
             jobs,
             done,
@@ -124,14 +140,41 @@ impl<'a> Pipeline<'a> {
         }
     }
 
+    /// Moves what is complete into the tree.
     fn advance(&mut self) -> Result<()> {
-        self.assembler.advance(false)?;
-        for key in self.assembler.take_unread_links() {
-            let message = "another name of this file could not be read".to_owned();
-            let warning = Warning { path: path(&key), message, concern: Concern::Missing };
-            self.shared.monitor.warning(warning);
+        while let Some(link) = self.assembler.advance(false)? {
+            self.read_link_target(link)?;
         }
         Ok(())
+    }
+
+    /// Reads a file whose first name could not be read: that says nothing of its other names.
+    fn read_link_target(&mut self, unread: UnreadLink) -> Result<()> {
+        let UnreadLink { ticket, key, fs, changed_by } = unread;
+        let path = path(&key);
+        let mut names: Vec<&[u8]> = key.split(|byte| *byte == 0).collect();
+        let name = names.pop().unwrap_or_default().to_vec();
+        let opened = names.iter().try_fold(self.root.clone(), |dir, name| dir.open_dir(name));
+        let dir = match opened {
+            Ok(dir) => dir,
+            Err(error) => {
+                let file = FileToRead {
+                    ticket,
+                    dir: self.root.clone(),
+                    name,
+                    path,
+                    fs,
+                    changed_by,
+                    known: None,
+                };
+                let why = Unread::of("its folder cannot be opened", &error)?;
+                let body = read::unread(self.shared.monitor, &file, why);
+                self.assembler.resolve(ticket, body);
+                return Ok(());
+            }
+        };
+        let file = FileToRead { ticket, dir, name, path, fs, changed_by, known: None };
+        self.submit(Job::Bundle(vec![file]))
     }
 
     fn flush_bundle(&mut self) -> Result<()> {
@@ -160,16 +203,25 @@ impl<'a> Pipeline<'a> {
 
     /// Waits for one result.
     fn wait(&mut self) -> Result<()> {
-        let done = self.done.recv().map_err(|_| worker_died())?;
-        self.accept(done)
+        loop {
+            match self.done.recv_timeout(CANCEL_CHECK) {
+                Ok(done) => return self.accept(done),
+                Err(RecvTimeoutError::Timeout) => self.check_cancelled()?,
+                Err(RecvTimeoutError::Disconnected) => return Err(worker_died()),
+            }
+        }
+    }
+
+    fn check_cancelled(&self) -> Result<()> {
+        if self.shared.monitor.is_cancelled() { Err(Error::cancelled()) } else { Ok(()) }
     }
 
     fn accept(&mut self, done: Done) -> Result<()> {
         self.outstanding -= 1;
         match done {
             Done::Files(files) => {
-                for (ticket, node) in files {
-                    self.assembler.resolve(ticket, node);
+                for (ticket, body) in files {
+                    self.assembler.resolve(ticket, body);
                 }
             }
             Done::Chunk { number, blob } => self.large.resolve(number, blob),
@@ -178,81 +230,82 @@ impl<'a> Pipeline<'a> {
         Ok(())
     }
 
-    /// Reads and cuts a large file here, and lets the workers do the rest.
-    fn large_file(&mut self, key: &[u8], file: &FileToRead) -> Result<()> {
+    /// Reads and cuts a large file here, and lets the workers do the rest. Its entry is made when the
+    /// first of it has been read; how the reading ends is told behind its extents.
+    fn large_file(&mut self, key: &[u8], file: &FileToRead) -> Result<Option<Unread>> {
         // What waits in the bundle would hold up the queue for as long as this file takes.
         self.flush_bundle()?;
         let monitor = self.shared.monitor;
         monitor.begin(&file.path);
-        let Opened::Open(open, mut node) = file::open(monitor, file) else {
-            return Ok(());
+        let (open, mut node) = match read::open(monitor, file)? {
+            Ok(opened) => opened,
+            Err(why) => return Ok(Some(why)),
         };
-        let ranges = file::ranges(&open, &node);
         node.content = Content::Extents;
-        let body = Body::Node(node.clone());
-        self.assembler.push(Entry { key: key.to_vec(), body });
-        self.large = LargeFile { key: key.to_vec(), ..LargeFile::default() };
-        let mut read = node.size;
-        for (offset, len) in ranges {
+        self.large = LargeFile::new(key);
+        let mut is_begun = false;
+        let mut read = Read { wanted: node.size, to: node.size, failure: None };
+        for (offset, len) in read::ranges(&open, node.size) {
             let mut reader = BlockReader::new(offset, len);
-            if let Err(error) = self.cut_range(&open, &mut reader)? {
-                let message = format!("cannot be read from byte {} on: {error}", reader.read_to());
-                monitor.warning(Warning {
-                    path: file.path.clone(),
-                    message,
-                    concern: Concern::Missing,
-                });
+            while !reader.is_done() {
+                self.check_cancelled()?;
+                let block = self.free_block()?;
+                let before = reader.read_to();
+                let cut = reader.next(block, &open, self.shared.repository.chunker());
+                if !is_begun {
+                    let failure = reader.failure();
+                    if let Some(why) = worker::given_up_for(file, reader.read_to(), failure) {
+                        return Ok(Some(why));
+                    }
+                    let body = Body::Node(node.clone());
+                    self.assembler.push(Entry { key: key.to_vec(), body });
+                    is_begun = true;
+                }
+                let bytes = reader.read_to() - before;
+                self.shared.counters.bytes_read.fetch_add(bytes, Ordering::Relaxed);
+                for (offset, from, to) in cut.chunks {
+                    let number = self.large.expect(offset);
+                    let block = cut.block.clone();
+                    self.submit(Job::Chunk { block, from, to, number })?;
+                }
+                self.push_extents(false)?;
+            }
+            let to = reader.read_to();
+            read.failure = reader.into_failure();
+            if read.failure.is_some() || (to < offset + len && is_shorter(&open, node.size)) {
+                read.to = to;
                 break;
             }
-            if reader.read_to() < offset + len && file::is_shorter(&open, node.size) {
-                read = reader.read_to();
-                break;
-            }
+        }
+        if !is_begun {
+            let body = Body::Node(node.clone());
+            self.assembler.push(Entry { key: key.to_vec(), body });
         }
         while !self.large.is_complete() {
             self.wait()?;
             self.push_extents(false)?;
         }
         self.push_extents(true)?;
-        file::note_changes(monitor, &file.path, &open, &mut node, read);
-        Ok(())
-    }
-
-    /// Hands out the chunks of one range. The inner result is that of reading.
-    fn cut_range(&mut self, open: &File, reader: &mut BlockReader) -> Result<io::Result<()>> {
-        let chunker = self.shared.repository.chunker();
-        while !reader.is_done() {
-            if self.shared.monitor.is_cancelled() {
-                return Err(Error::cancelled());
-            }
-            let bytes = self.free_block()?;
-            let before = reader.read_to();
-            let cut = match reader.next(&self.blocks, bytes, open, chunker) {
-                Ok(cut) => cut,
-                Err(error) => return Ok(Err(error)),
-            };
-            let read = reader.read_to() - before;
-            let counters = &self.shared.counters;
-            counters.bytes_read.fetch_add(read, Ordering::Relaxed);
-            for (offset, from, to) in cut.chunks {
-                let number = self.large.expect(offset);
-                let block = cut.block.clone();
-                self.submit(Job::Chunk { block, from, to, number })?;
-            }
-            self.push_extents(false)?;
+        let (size, state) = read.settle(monitor, file, &open, &node);
+        if (size, state) != (node.size, node.state) {
+            let body = Body::End(End { size, state });
+            self.assembler.push(Entry { key: end_key(key), body });
         }
-        Ok(Ok(()))
+        Ok(None)
     }
 
-    fn free_block(&mut self) -> Result<Vec<u8>> {
+    fn free_block(&mut self) -> Result<Block> {
         loop {
             let free = self.blocks.free().clone();
             crossbeam_channel::select! {
-                recv(free) -> bytes => return bytes.map_err(|_| worker_died()),
+                recv(free) -> bytes => {
+                    return Ok(self.blocks.block(bytes.map_err(|_| worker_died())?));
+                }
                 recv(self.done) -> done => {
                     let done = done.map_err(|_| worker_died())?;
                     self.accept(done)?;
                 }
+                default(CANCEL_CHECK) => self.check_cancelled()?,
             }
         }
     }
@@ -267,65 +320,18 @@ impl<'a> Pipeline<'a> {
     /// Finishes what is left; the root of the tree, its height, and counts.
     pub(super) fn finish(mut self) -> Result<Tree> {
         self.flush_bundle()?;
-        while self.outstanding > 0 {
-            self.wait()?;
-            if self.assembler.is_full() {
-                self.advance()?;
+        loop {
+            while self.outstanding > 0 {
+                self.wait()?;
+                if self.assembler.is_full() {
+                    self.advance()?;
+                }
+            }
+            match self.assembler.advance(true)? {
+                Some(link) => self.read_link_target(link)?,
+                None if self.outstanding == 0 => return self.assembler.finish(),
+                None => {}
             }
         }
-        self.advance()?;
-        self.assembler.finish()
     }
-}
-
-/// The large file being cut: its chunks on the way, and the extent entry being filled.
-#[derive(Default)]
-struct LargeFile {
-    key: Vec<u8>,
-    /// Number of the first chunk in `pending`.
-    first: u64,
-    /// Offsets of chunks in order, and what is known of each: its blob, or that it is zero.
-    pending: VecDeque<(u64, Option<Option<BlobRef>>)>,
-    extent: Vec<Chunk>,
-}
-
-impl LargeFile {
-    /// Expects a chunk at `offset`; returns its number.
-    fn expect(&mut self, offset: u64) -> u64 {
-        self.pending.push_back((offset, None));
-        self.first + self.pending.len() as u64 - 1
-    }
-
-    fn resolve(&mut self, number: u64, blob: Option<BlobRef>) {
-        self.pending[(number - self.first) as usize].1 = Some(blob);
-    }
-
-    fn is_complete(&self) -> bool {
-        self.pending.iter().all(|(_, known)| known.is_some())
-    }
-
-    /// The next extent entry, if its chunks are known; at the `last` call also an unfinished one.
-    fn next_extent(&mut self, last: bool) -> Option<Entry> {
-        let grid = |offset: u64| offset / EXTENT_SPAN_BYTES;
-        while let Some((offset, Some(blob))) = self.pending.front().copied() {
-            let ends = self.extent.first().is_some_and(|first| grid(first.offset) != grid(offset));
-            if ends {
-                return self.take_extent();
-            }
-            self.pending.pop_front();
-            self.first += 1;
-            self.extent.extend(blob.map(|blob| Chunk { offset, blob }));
-        }
-        if last { self.take_extent() } else { None }
-    }
-
-    fn take_extent(&mut self) -> Option<Entry> {
-        let first = self.extent.first()?.offset;
-        let key = extent_key(&self.key, first);
-        Some(Entry { key, body: Body::Extent(std::mem::take(&mut self.extent)) })
-    }
-}
-
-fn worker_died() -> Error {
-    Error::new(ErrorKind::Store, "a worker thread ended unexpectedly")
 }

@@ -62,8 +62,25 @@ thread_local! {
     static BUFFERS: Cell<Option<Box<Buffers>>> = const { Cell::new(None) };
 }
 
+/// Not the folder failed, but what keeps its names meanwhile.
+#[derive(Debug, thiserror::Error)]
+#[error("its names cannot be kept in the folder for temporary files: {0}")]
+struct ScratchFailed(#[source] io::Error);
+
+fn scratch_failed(error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), ScratchFailed(error))
+}
+
+/// Whether an error of [`Listing::read`] says nothing of the folder, but of the one for temporary files.
+pub fn is_scratch_failure(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|inner| inner.is::<ScratchFailed>())
+}
+
 impl Listing {
     /// Reads all names of `dir`; those over `limit_bytes` wait in an unnamed file in `scratch`.
+    ///
+    /// # Errors
+    /// When the folder cannot be read, or, as [`is_scratch_failure`] tells, `scratch` takes nothing.
     pub fn read(dir: &Dir, limit_bytes: usize, scratch: &Path) -> io::Result<Self> {
         let limit_bytes = limit_bytes.min(LIMIT_BYTES_MAX);
         let mut buffers = BUFFERS.take().unwrap_or_default();
@@ -81,10 +98,10 @@ impl Listing {
             if !table.make_room(name.len(), limit_bytes) {
                 let spill = match &mut spill {
                     Some(spill) => spill,
-                    None => spill.insert(Spill::new(scratch)?),
+                    None => spill.insert(Spill::new(scratch).map_err(scratch_failed)?),
                 };
                 table.sort();
-                spill.write_table(table)?;
+                spill.write_table(table).map_err(scratch_failed)?;
                 table.clear();
             }
             table.push(name, kind_of(entry.file_type()));
@@ -96,8 +113,16 @@ impl Listing {
             return Ok(Self(Names::Table(rest)));
         };
         let runs = spill.runs.iter().map(|run| Source::Run(run.reader(&spill.file)));
-        let merge = Merge::new(runs.chain([Source::Table(rest)]).collect())?;
+        let merge =
+            Merge::new(runs.chain([Source::Table(rest)]).collect()).map_err(scratch_failed)?;
         Ok(Self(Names::Merge(merge)))
+    }
+
+    /// A listing of one name alone, which need not exist.
+    pub fn only(name: &[u8]) -> Self {
+        let mut table = Table::default();
+        table.push(name, None);
+        Self(Names::Table(TableReader { table, next: 0 }))
     }
 
     /// Steps to the next name; `None` after the last.

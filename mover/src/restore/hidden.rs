@@ -84,10 +84,10 @@ impl Hidden {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 made => made?,
             };
-            match flock(&dir, FlockOperation::NonBlockingLockExclusive) {
-                Err(Errno::WOULDBLOCK) => continue,
-                // File systems without locks: others will leave it alone.
-                Ok(()) | Err(_) => {}
+            // On file systems without locks, others will leave it alone.
+            let locked = flock(&dir, FlockOperation::NonBlockingLockExclusive);
+            if locked == Err(Errno::WOULDBLOCK) {
+                continue;
             }
             let is_there = parent.lstat(&name).is_ok_and(|now| {
                 dir.stat().is_ok_and(|dir| (now.dev, now.ino) == (dir.dev, dir.ino))
