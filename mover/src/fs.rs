@@ -30,7 +30,8 @@ pub use attrs::{
 pub use close::close;
 pub use dir::{Dir, is_plain_name};
 pub use holes::{DataRanges, data_ranges};
-pub use limits::raise_open_files;
+pub use limits::{open_files, raise_open_files};
+pub use listing::is_scratch_failure;
 pub use listing::{Entry, Listing};
 pub use meta::{Kind, Meta, Timestamp};
 pub use traits::FsTraits;

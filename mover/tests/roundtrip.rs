@@ -438,7 +438,9 @@ fn only_folders_with_the_right_tag_count_as_caches() {
     let repo = Repo::new();
     let outcome =
         save_as(&repo.repository, &Request { exclude_caches: true, ..request(dir.path()) });
-    let expected = ["cache", "no-cache", "no-cache/CACHEDIR.TAG", "no-cache/content"];
+    // The mark stays: what is restored is a cache again.
+    let expected =
+        ["cache", "cache/CACHEDIR.TAG", "no-cache", "no-cache/CACHEDIR.TAG", "no-cache/content"];
     assert_eq!(paths_of(&repo, &outcome), expected);
 }
 

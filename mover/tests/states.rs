@@ -1,7 +1,5 @@
 //! Entries that are not what the source had: every command that shows them says so.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 mod common;
 
 use std::fs;

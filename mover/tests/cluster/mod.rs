@@ -526,6 +526,7 @@ impl Node {
 
     /// Answers an HTTP request: the whole answer.
     pub fn http(&self, path: &str) -> String {
+        self.logs("metrics and health at http://");
         let log = self.log();
         let address = log.rsplit("metrics and health at http://").next().unwrap();
         let is_address = |char: char| char.is_ascii_digit() || ".:".contains(char);

@@ -7,7 +7,9 @@
     reason = "each test uses its part, and fails if that does"
 )]
 
+pub mod faultfs;
 pub mod images;
+pub mod said;
 pub mod scan;
 pub mod site;
 pub mod sources;
