@@ -1,7 +1,7 @@
 //! Saves a folder as a snapshot.
 //!
 //! ```text
-//!  scan (this thread, path order)                     workers
+//!  walk (this thread, path order)                     workers
 //!  ───────────────────────────────                    ────────────────────────────────────────
 //!  list, lstat ─┬─ as in the parent ──────┐
 //!               ├─ small files ── batch ──┼──────────> read, bundle, hash ─┐
@@ -12,7 +12,7 @@
 //!                                         ▼
 //!                                   TreeBuilder ─> nodes ─> Writer
 //! ```
-//! The scan is the only producer and the only consumer of results, so nothing can deadlock: workers
+//! The walk is the only producer and the only consumer of results, so nothing can deadlock: workers
 //! wait for nobody but the writer, which waits only for uploads.
 //!
 //! An entry that has not changed since the parent snapshot costs one `lstat` and a comparison, unless its

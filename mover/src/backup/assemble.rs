@@ -1,7 +1,7 @@
 //! The queue of entries in path order, and the tree built from its front.
 //!
 //! Entries whose content is still being read wait in the queue; what stands behind them waits too.
-//! The queue is bounded by [`Assembler::is_full`], which the scan asks before it goes on.
+//! The queue is bounded by [`Assembler::is_full`], which the walk asks before it goes on.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;

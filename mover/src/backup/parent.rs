@@ -1,4 +1,4 @@
-//! The parent snapshot, read in step with the scan, and the decision that an entry is unchanged.
+//! The parent snapshot, read in step with the walk, and the decision that an entry is unchanged.
 
 use std::sync::Arc;
 
@@ -37,7 +37,7 @@ impl ChangedBy {
 /// same tick of the file system's clock. Two seconds is the coarsest clock in use (FAT).
 const RACY_SECONDS: i64 = 2;
 
-/// Entries of the parent snapshot, in step with the scan.
+/// Entries of the parent snapshot, in step with the walk.
 pub(super) struct Parent<'a> {
     repository: &'a Repository,
     root: (NodeRef, u8),
