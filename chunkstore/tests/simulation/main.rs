@@ -362,9 +362,9 @@ fn no_interleaving_loses_a_snapshot_without_create_if_absent() {
     run_seeds(false, 2000);
 }
 
-/// Rules of FORMAT.md, section 8; whether the store has create-if-absent, and of which kind the worlds
+/// Rules of FORMAT.md, section 8 (for P6 see `tests/gc`); whether the store has create-if-absent, and of which kind the worlds
 /// are in which it soonest shows that the rule is missing.
-const RULES: [(Sabotage, bool, Option<Kind>); 12] = [
+const RULES: [(Sabotage, bool, Option<Kind>); 11] = [
     (Sabotage::AnnounceLate, true, None),
     (Sabotage::NoTombstones, true, None),
     (Sabotage::StaleListing, true, None),
@@ -372,7 +372,6 @@ const RULES: [(Sabotage, bool, Option<Kind>); 12] = [
     (Sabotage::EarlyReceipt, true, None),
     (Sabotage::NoWait, true, None),
     (Sabotage::NoSecondMark, true, None),
-    (Sabotage::NoSecondLook, true, Some(Kind::Crowded)),
     (Sabotage::AnySilence, true, Some(Kind::Slow)),
     (Sabotage::NoRegister, true, None),
     (Sabotage::NoFenceCheck, false, None),

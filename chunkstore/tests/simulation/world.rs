@@ -31,8 +31,6 @@ pub(crate) enum Sabotage {
     NoWait,
     /// P5: a prune judges by the snapshots it saw first.
     NoSecondMark,
-    /// P6: a prune does not look whether its tombstones are still there.
-    NoSecondLook,
     /// A writer that was silent for weeks commits all the same.
     AnySilence,
     /// Create-if-absent replaces, although the repository relies on it.

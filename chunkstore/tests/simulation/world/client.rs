@@ -146,7 +146,6 @@ impl Client {
         let writer = state.actors[self.id?].is_writer;
         let there = match self.world.sabotage {
             Sabotage::NoWait => !writer && key.starts_with(record::SNAPSHOTS),
-            Sabotage::NoSecondLook => !writer && key.starts_with(record::TOMBSTONES),
             Sabotage::AnySilence => writer && key.starts_with(record::SESSIONS),
             _ => false,
         };
