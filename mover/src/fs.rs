@@ -19,6 +19,7 @@ mod holes;
 mod limits;
 mod listing;
 mod meta;
+mod proc;
 mod remove;
 mod traits;
 mod xattr;
@@ -30,7 +31,7 @@ pub use attrs::{
 pub use close::close;
 pub use dir::{Dir, is_plain_name};
 pub use holes::{DataRanges, data_ranges};
-pub use limits::{open_files, raise_open_files};
+pub use limits::{files_for_jobs, open_files, out_of_files, raise_open_files, too_few_files};
 pub use listing::is_scratch_failure;
 pub use listing::{Entry, Listing};
 pub use meta::{Kind, Meta, Timestamp};

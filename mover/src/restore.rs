@@ -35,6 +35,7 @@
 
 mod existing;
 mod folders;
+mod handles;
 mod hidden;
 mod levels;
 mod links;
@@ -57,9 +58,10 @@ use chunkstore::tree::NodeRef;
 use chunkstore::{Error, ErrorKind, Result};
 use rustix::io::Errno;
 
-use crate::fs::{AttrFailure, Dir, is_plain_name};
+use crate::fs::{AttrFailure, Dir, is_plain_name, open_files, out_of_files};
 use crate::monitor::{Concern, Monitor, Warning, display_path};
 use folders::{Folders, ROOT, Site};
+use handles::Handles;
 use hidden::HiddenFolders;
 use links::Links;
 
@@ -208,6 +210,7 @@ pub fn restore(request: &Request<'_>) -> Result<RestoreSummary> {
             format!("the folder '{}' cannot be looked at: {error}", request.target.display());
         Error::new(error_kind(&error), message)
     };
+    let handles = Handles::new(open_files(), request.options.threads)?;
     let mut site = Site { fresh: target.fresh, dev: 0, base: ROOT };
     if let Some(dir) = &target.dir {
         site.dev = dir.stat().map_err(opened)?.dev;
@@ -223,7 +226,8 @@ pub fn restore(request: &Request<'_>) -> Result<RestoreSummary> {
         repository: request.repository,
         options: &request.options,
         monitor: request.monitor,
-        folders: Folders::new(target.dir.clone(), site),
+        folders: Folders::new(target.dir.clone(), site, handles.folders),
+        handles,
         hidden: HiddenFolders::default(),
         waiting: AtomicU64::default(),
         links: Links::default(),
@@ -294,6 +298,7 @@ struct Shared<'a> {
     repository: &'a Repository,
     options: &'a RestoreOptions,
     monitor: &'a dyn Monitor,
+    handles: Handles,
     folders: Folders,
     hidden: HiddenFolders,
     /// How many things have waited in hidden folders.
@@ -379,6 +384,9 @@ impl Shared<'_> {
     fn fail_io(&self, path: &[u8], what: &str, error: &io::Error) {
         self.fail(path, format!("{what}: {error}"));
         count(&self.counters.files_refused, 1);
+        if let Some(error) = out_of_files(error) {
+            self.stop(error);
+        }
         let errno = Errno::from_io_error(error);
         if matches!(errno, Some(Errno::NOSPC | Errno::DQUOT | Errno::ROFS)) {
             let kind =

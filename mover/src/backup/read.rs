@@ -4,15 +4,14 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use chunkstore::Result;
 use chunkstore::chunker::Chunker;
 use chunkstore::limits::{CHUNK_BYTES_MAX, XATTR_BYTES_MAX};
 use chunkstore::tree::{Absence, Body, Content, Kind, Node, State, Xattrs};
-use chunkstore::{Error, ErrorKind, Result};
-use rustix::io::Errno;
 
 use super::assemble::Ticket;
 use super::parent::ChangedBy;
-use crate::fs::{self, Dir, Meta, data_ranges, file_xattrs};
+use crate::fs::{self, Dir, Meta, data_ranges, file_xattrs, out_of_files};
 use crate::monitor::{Concern, Monitor, Warning};
 
 /// Files above this are cut by the walk itself and their chunks spread over the workers.
@@ -64,14 +63,9 @@ impl Unread {
     }
 }
 
-/// Fails if it was for want of descriptors: files that cannot be opened for that are not unreadable, and
-/// a snapshot must not lack them.
+/// Fails if it was for want of descriptors.
 pub(super) fn check_open_files(error: &io::Error) -> Result<()> {
-    if matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE)) {
-        let message = format!("{error}: raise the limit, as with 'ulimit -n 4096', and try again");
-        return Err(Error::new(ErrorKind::Invalid, message));
-    }
-    Ok(())
+    out_of_files(error).map_or(Ok(()), Err)
 }
 
 /// Opens a file and reads its metadata.

@@ -2,14 +2,16 @@
 
 use std::time::Duration;
 
+use chunkstore::Result;
 use chunkstore::codec::compress::Level;
 use chunkstore::fetch::READ_BYTES;
 use chunkstore::limits::{
     CHUNK_BYTES_MAX, PACK_BYTES_MAX, PACK_TARGET_BYTES_MAX, PACK_TARGET_BYTES_MIN,
 };
 use chunkstore::writer::WriterSettings;
-use chunkstore::{Error, ErrorKind, Result};
 use objects::ReadCost;
+
+use crate::fs::{files_for_jobs, too_few_files};
 
 /// Least memory the program accepts.
 pub const MEMORY_BYTES_MIN: u64 = 96 << 20;
@@ -30,10 +32,6 @@ const WORKER_BYTES: u64 = 8 << 20;
 /// What a thread takes that fetches blobs: one read, one plaintext, and what its connection holds.
 const FETCH_BYTES: u64 = READ_BYTES as u64 + CHUNK_BYTES_MAX as u64 + (2 << 20);
 
-/// Descriptors that are not for the folders of the source: the program's own, and one file a worker. A
-/// store in a folder takes a quarter of all besides.
-const FIXED_FILES: u64 = 64;
-
 /// How many folders of the source are held open at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct OpenDirs {
@@ -52,16 +50,11 @@ impl OpenDirs {
     /// # Errors
     /// When it is too low for one worker.
     pub(super) fn new(limit: u64, workers: usize) -> Result<Self> {
-        let left = (limit - limit / 4).saturating_sub(FIXED_FILES) as usize;
+        let left = files_for_jobs(limit);
         let in_flight = |workers: usize| 3 * workers + 1;
         let Some(workers) = (1..=workers).rev().find(|workers| left / 2 >= in_flight(*workers))
         else {
-            let least = (FIXED_FILES + 2 * in_flight(1) as u64) * 4 / 3;
-            let message = format!(
-                "this process may open {limit} files, and needs {least} at least: raise the limit, as \
-                 with 'ulimit -n 4096'"
-            );
-            return Err(Error::new(ErrorKind::Invalid, message));
+            return Err(too_few_files(limit, 2 * in_flight(1)));
         };
         let bundle = (left / 2 / in_flight(workers)).min(128);
         Ok(Self { descent: (left / 4).clamp(2, 256), bundle, workers })
@@ -195,14 +188,14 @@ mod tests {
     fn descriptors_are_divided_or_refused() {
         for limit in [0, 40, 64, 94] {
             let error = OpenDirs::new(limit, 4).unwrap_err().to_string();
-            assert!(error.contains("needs 96 at least"), "{error}");
+            assert!(error.contains("needs 95 at least"), "{error}");
         }
-        for limit in [96, 100, 256, 1024, 1 << 20, u64::MAX] {
+        for limit in [95, 100, 256, 1024, 1 << 20, u64::MAX] {
             for workers in [1, 2, 16] {
                 let dirs = OpenDirs::new(limit, workers).unwrap();
                 assert!(dirs.workers >= 1 && dirs.workers <= workers && dirs.bundle >= 1);
                 let held = dirs.descent + (3 * dirs.workers + 1) * dirs.bundle;
-                assert!(held as u64 + FIXED_FILES <= limit, "{limit}, {workers}: {dirs:?}");
+                assert!(held <= files_for_jobs(limit), "{limit}, {workers}: {dirs:?}");
             }
         }
         let plenty = OpenDirs { descent: 256, bundle: 128, workers: 4 };

@@ -18,7 +18,8 @@
 
 use super::dir::{Dir, checked, statx_fd};
 use super::meta::{Kind, Meta, Timestamp};
-use super::xattr::{list, proc_path};
+use super::proc::by_path;
+use super::xattr::list;
 use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 use std::fs::File;
@@ -331,7 +332,7 @@ impl Handle<'_> {
     fn chmod(&self, mode: u32) -> io::Result<()> {
         let mode = Mode::from_raw_mode(mode);
         if self.path_only {
-            rustix::fs::chmodat(CWD, proc_path(self.fd), mode, AtFlags::empty())?;
+            by_path(self.fd, b"", |path| rustix::fs::chmodat(CWD, path, mode, AtFlags::empty()))?;
         } else {
             rustix::fs::fchmod(self.fd, mode)?;
         }
@@ -346,8 +347,7 @@ impl Handle<'_> {
     fn set_xattr(&self, name: &[u8], value: &[u8]) -> io::Result<()> {
         let flags = XattrFlags::empty();
         if self.path_only {
-            // Follows the magic link to the entry itself, and nothing beyond.
-            rustix::fs::setxattr(proc_path(self.fd), name, value, flags)?;
+            by_path(self.fd, b"", |path| rustix::fs::setxattr(path, name, value, flags))?;
         } else {
             rustix::fs::fsetxattr(self.fd, name, value, flags)?;
         }
@@ -366,7 +366,7 @@ impl Handle<'_> {
 
     fn list_xattrs(&self) -> io::Result<Vec<Vec<u8>>> {
         if self.path_only {
-            list(|buffer| rustix::fs::listxattr(proc_path(self.fd), buffer))
+            list(|buffer| by_path(self.fd, b"", |path| rustix::fs::listxattr(path, buffer)))
         } else {
             list(|buffer| rustix::fs::flistxattr(self.fd, buffer))
         }
@@ -374,7 +374,7 @@ impl Handle<'_> {
 
     fn remove_xattr(&self, name: &[u8]) -> io::Result<()> {
         if self.path_only {
-            rustix::fs::removexattr(proc_path(self.fd), name)?;
+            by_path(self.fd, b"", |path| rustix::fs::removexattr(path, name))?;
         } else {
             rustix::fs::fremovexattr(self.fd, name)?;
         }
@@ -396,8 +396,8 @@ impl Handle<'_> {
         match rustix::fs::utimensat(self.fd, c"", &times, AtFlags::EMPTY_PATH) {
             // Before Linux 5.8.
             Err(Errno::INVAL) => {
-                let path = proc_path(self.fd);
-                Ok(rustix::fs::utimensat(CWD, path, &times, AtFlags::empty())?)
+                let set = |path: &[u8]| rustix::fs::utimensat(CWD, path, &times, AtFlags::empty());
+                Ok(by_path(self.fd, b"", set)?)
             }
             done => Ok(done?),
         }

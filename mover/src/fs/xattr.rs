@@ -1,16 +1,16 @@
 //! Extended attributes, of open files and of names that must not be opened.
 //!
 //! Symlinks, devices, FIFOs and sockets are reached as `/proc/self/fd/<directory>/<name>` with the
-//! calls that do not follow the last component; that needs a mounted `/proc`. File systems without
-//! extended attributes simply have none.
+//! calls that do not follow the last component. File systems without extended attributes simply have none.
 
 use super::attrs::is_acl;
 use super::dir::{Dir, checked};
+use super::proc::by_path;
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 
 /// What is tried on the stack first.
 const SMALL_BYTES: usize = 1024;
@@ -74,22 +74,14 @@ impl Dir {
     }
 
     fn place_of(&self, name: &[u8]) -> io::Result<Place<'_>> {
-        let mut path = proc_path(self.as_fd()).into_bytes();
-        path.push(b'/');
-        path.extend_from_slice(checked(name)?);
-        Ok(Place::Path(path))
+        Ok(Place::Name(self.as_fd(), [b"/", checked(name)?].concat()))
     }
-}
-
-/// The magic link to what is open as `fd`.
-pub(super) fn proc_path(fd: BorrowedFd<'_>) -> String {
-    format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
 enum Place<'a> {
     Open(BorrowedFd<'a>),
-    /// Not followed.
-    Path(Vec<u8>),
+    /// In this directory, after a slash; not followed.
+    Name(BorrowedFd<'a>, Vec<u8>),
 }
 
 /// What [`read_all`] reads; tests put in their own.
@@ -102,14 +94,18 @@ impl Source for Place<'_> {
     fn list(&self, buffer: &mut [u8]) -> rustix::io::Result<usize> {
         match self {
             Self::Open(fd) => rustix::fs::flistxattr(fd, buffer),
-            Self::Path(path) => rustix::fs::llistxattr(path.as_slice(), buffer),
+            Self::Name(dir, name) => {
+                by_path(*dir, name, |path| rustix::fs::llistxattr(path, buffer))
+            }
         }
     }
 
     fn get(&self, attr: &[u8], buffer: &mut [u8]) -> rustix::io::Result<usize> {
         match self {
             Self::Open(fd) => rustix::fs::fgetxattr(fd, attr, buffer),
-            Self::Path(path) => rustix::fs::lgetxattr(path.as_slice(), attr, buffer),
+            Self::Name(dir, name) => {
+                by_path(*dir, name, |path| rustix::fs::lgetxattr(path, attr, buffer))
+            }
         }
     }
 }
@@ -119,7 +115,9 @@ impl Place<'_> {
         let flags = XattrFlags::empty();
         match self {
             Self::Open(fd) => rustix::fs::fsetxattr(fd, attr, value, flags)?,
-            Self::Path(path) => rustix::fs::lsetxattr(path.as_slice(), attr, value, flags)?,
+            Self::Name(dir, name) => {
+                by_path(*dir, name, |path| rustix::fs::lsetxattr(path, attr, value, flags))?;
+            }
         }
         Ok(())
     }

@@ -11,17 +11,14 @@ use super::lock;
 
 /// Number of the target itself, which is always open.
 pub(super) const ROOT: u32 = 0;
-/// Folders held open.
-const OPEN_MAX: usize = 256;
-/// How many of the longest unused are closed when there are more.
-const CLOSED_AT_ONCE: usize = 64;
-
 pub(super) struct Folders(Mutex<Table>);
 
 struct Table {
     folders: Vec<Folder>,
     free: Vec<u32>,
     open: Vec<u32>,
+    /// How many may be.
+    open_max: usize,
     clock: u64,
 }
 
@@ -48,11 +45,11 @@ struct Folder {
 }
 
 impl Folders {
-    /// `root` is missing in a dry run on a target that does not exist.
-    pub(super) fn new(root: Option<Dir>, site: Site) -> Self {
+    /// `root` is missing in a dry run on a target that does not exist; at most `open_max` others are held open.
+    pub(super) fn new(root: Option<Dir>, site: Site, open_max: usize) -> Self {
         let root = Folder { dir: root, site, ..Folder::default() };
         let (free, open) = (Vec::new(), Vec::new());
-        Self(Mutex::new(Table { folders: vec![root], free, open, clock: 0 }))
+        Self(Mutex::new(Table { folders: vec![root], free, open, open_max, clock: 0 }))
     }
 
     pub(super) fn root(&self) -> io::Result<Dir> {
@@ -171,10 +168,12 @@ impl Table {
     }
 
     fn keep(&mut self, number: u32, dir: Dir) {
-        if self.open.len() >= OPEN_MAX {
+        if self.open.len() >= self.open_max {
+            // Several at once: to find the longest unused means to sort them.
+            let closed = (self.open_max / 4).max(1);
             let folders = &mut self.folders;
             self.open.sort_unstable_by_key(|open| folders[*open as usize].used);
-            for closed in self.open.drain(..CLOSED_AT_ONCE) {
+            for closed in self.open.drain(..closed) {
                 folders[closed as usize].dir = None;
             }
         }

@@ -51,7 +51,7 @@ pub(super) fn verify(shared: &Shared<'_>, window: &Window) {
             }
         }
     };
-    let threads = shared.options.threads.clamp(1, tasks.div_ceil(AT_ONCE).max(1));
+    let threads = shared.handles.threads.clamp(1, tasks.div_ceil(AT_ONCE).max(1));
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(work);

@@ -26,8 +26,6 @@ use super::place::{Spot, collision};
 use super::window::{Item, Multi, MultiState, Piece, Window, meta_of};
 use super::{Shared, count, lock};
 
-/// Files of several pieces open at a time.
-const OPEN_MAX: usize = 256;
 /// Items with nothing to fetch that a thread takes at a time.
 const IMMEDIATE_AT_ONCE: usize = 64;
 
@@ -68,7 +66,7 @@ impl<'a> Executor<'a> {
     /// Restores all items but the further names. `wants` are those of the window.
     pub(super) fn run(&self, wants: Vec<Want>) {
         self.make_immediate();
-        let (repository, threads) = (self.shared.repository, self.shared.options.threads);
+        let (repository, threads) = (self.shared.repository, self.shared.handles.threads);
         fetch(repository, PackClass::Data, wants, threads, &|plain, wants| {
             match plain {
                 Ok(plain) => self.deliver(plain, wants),
@@ -105,7 +103,7 @@ impl<'a> Executor<'a> {
             }
         };
         let tasks = self.window.immediate.len().div_ceil(IMMEDIATE_AT_ONCE);
-        let threads = self.shared.options.threads.min(tasks);
+        let threads = self.shared.handles.threads.min(tasks);
         if threads <= 1 {
             return work();
         }
@@ -383,7 +381,7 @@ impl<'a> Executor<'a> {
         let oldest = {
             let mut opened = lock(&self.opened);
             opened.push_back(number);
-            if opened.len() > OPEN_MAX { opened.pop_front() } else { None }
+            if opened.len() > self.shared.handles.files { opened.pop_front() } else { None }
         };
         let Some(oldest) = oldest else { return };
         let file = self.window.multi(oldest).and_then(|multi| lock(&multi.state).file.take());
