@@ -4,6 +4,9 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod cluster;
+#[path = "common/leased.rs"]
+#[expect(unreachable_pub, reason = "other tests share it")]
+mod leased;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -379,6 +382,51 @@ fn an_agent_that_is_told_to_end_keeps_what_it_has_uploaded() {
     job.repository.as_mut().unwrap().limit_upload = 0;
     let done = controller.save(&job);
     assert!(done.bytes == 96 << 20 && done.bytes_stored < 96 << 20, "{done:?}");
+}
+
+/// Whatever a job waits for: within the 30 seconds that Kubernetes gives a pod.
+#[track_caller]
+fn assert_ends_in_time(node: &mut Node) {
+    let begun = Instant::now();
+    assert!(node.terminate().success(), "{}", node.log());
+    assert!(begun.elapsed() < Duration::from_secs(29), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn an_agent_that_is_told_to_end_does_not_wait_for_a_store_that_is_silent() {
+    let controller = Controller::start();
+    let (mut node, _) = Node::connected(&controller, &["--memory", "96M"]);
+    let proxy = Proxy::start(&TestServer::from_env());
+    let location = Location::behind(&proxy);
+    controller.run(&location.create());
+    let (source, volume) = node.volume("pod", CSI, "pv");
+    fs::write(source.join("file"), noise(1, 40 << 20)).unwrap();
+    let before = proxy.requests().len();
+    proxy.rule(|request| match request.operation() {
+        "PutObject" => Fault::Delay(Duration::from_secs(60)),
+        _ => Fault::Pass,
+    });
+    controller.assign(&location.job("silent", Work::Backup(backup(&volume))));
+    eventually("it uploads", || {
+        proxy.requests()[before..].iter().any(|request| request.operation() == "PutObject")
+    });
+    assert_ends_in_time(&mut node);
+    assert_eq!(controller.times_finished("silent"), 0, "it is to be assigned again");
+}
+
+#[test]
+fn an_agent_that_is_told_to_end_does_not_wait_for_a_volume_that_hangs() {
+    let controller = Controller::start();
+    let (mut node, _) = Node::connected(&controller, &["--memory", "96M"]);
+    let location = Location::new();
+    controller.run(&location.create());
+    let (source, volume) = node.volume("pod", EMPTY_DIR, "data");
+    fs::write(source.join("file"), noise(1, 3000)).unwrap();
+    let leased = leased::Leased::take(&source.join("file"));
+    controller.assign(&location.job("hangs", Work::Backup(backup(&volume))));
+    leased.is_wanted();
+    assert_ends_in_time(&mut node);
+    assert_eq!(controller.times_finished("hangs"), 0, "it is to be assigned again");
 }
 
 #[test]

@@ -12,6 +12,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use common::leased::Leased;
 use common::noise;
 use common::site::{Site, texts};
 use rustix::process::{Pid, Signal, kill_process};
@@ -366,6 +367,23 @@ fn a_signal_ends_every_command_while_a_store_does_not_answer() {
         // It has asked, and waits.
         assert!(connection.read(&mut [0; 16]).unwrap() > 0, "{args:?}");
         ends_by(&mut child, Signal::TERM, &format!("{args:?} on a bucket"));
+    }
+}
+
+#[test]
+fn a_signal_ends_a_backup_while_its_source_does_not_answer() {
+    let site = site();
+    for name in ["file", "large"] {
+        let leased = Leased::take(&site.path("source").join(name));
+        let mut child = site.command(&["backup", "source"]).spawn().unwrap();
+        leased.is_wanted();
+        ends_by(&mut child, Signal::TERM, "backup");
+        // What is given back is saved.
+        let child = site.command(&["backup", "source"]).spawn().unwrap();
+        leased.is_wanted();
+        drop(leased);
+        let ended = child.wait_with_output().unwrap();
+        assert_eq!(ended.status.code(), Some(0), "{ended:?}");
     }
 }
 

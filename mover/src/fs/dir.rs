@@ -18,6 +18,11 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Longer than the 45 seconds after which the system takes a lease away (`fs.lease-break-time`).
+const LEASE_WAIT: Duration = Duration::from_secs(60);
+const LEASE_LOOK: Duration = Duration::from_millis(20);
 
 const READ_DIR: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
@@ -135,14 +140,28 @@ impl Dir {
         Meta::of(&rustix::fs::statx(self, checked(name)?, flags, StatxFlags::BASIC_STATS)?)
     }
 
-    /// Opens the regular file `name` for reading and describes what was opened.
+    /// Opens the regular file `name` for reading and describes what was opened. Waits while somebody has a
+    /// lease on it, as a file server for its clients, until the system takes that away.
     ///
     /// # Errors
     /// When the name is not a regular file (any more); a FIFO does not make it wait.
     pub fn open_file(&self, name: &[u8]) -> io::Result<(File, Meta)> {
         let flags =
             OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let file = File::from(open_quietly(self, checked(name)?, flags)?);
+        let begun = Instant::now();
+        let file = loop {
+            match open_quietly(self, checked(name)?, flags) {
+                // To have asked is what makes the holder give it back. The call could wait by itself, but
+                // would then wait for a FIFO that took the name, too, and for ever.
+                Err(error)
+                    if error.kind() == io::ErrorKind::WouldBlock
+                        && begun.elapsed() < LEASE_WAIT =>
+                {
+                    std::thread::sleep(LEASE_LOOK);
+                }
+                opened => break File::from(opened?),
+            }
+        };
         let meta = Meta::of(&statx_fd(&file)?)?;
         if meta.kind == Kind::File {
             Ok((file, meta))

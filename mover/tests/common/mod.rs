@@ -9,6 +9,7 @@
 
 pub mod faultfs;
 pub mod images;
+pub mod leased;
 pub mod said;
 pub mod scan;
 pub mod site;
