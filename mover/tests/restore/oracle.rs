@@ -40,8 +40,11 @@ fn what_a_normal_user_restores_is_the_snapshot_or_named() {
     }
     let temp = tempfile::tempdir().unwrap();
     std::os::unix::fs::chown(temp.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    // Where it was built, other users may not look.
+    let program = temp.path().join("program");
+    std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
     let test = "oracle::what_a_normal_user_restores_is_the_snapshot_or_named";
-    let done = std::process::Command::new(std::env::current_exe().unwrap())
+    let done = std::process::Command::new(&program)
         .args(["--exact", test, "--nocapture"])
         .env(CHILD, "1")
         .env("TMPDIR", temp.path())
