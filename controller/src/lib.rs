@@ -11,6 +11,7 @@
 //!   agents say when they connect.
 //! * What to do is decided by pure functions over facts and the time; only the code around them touches the cluster, the
 //!   stores and clocks. [`rooms`] tells how the rooms hang together, and what holds for all of them.
+//! * [`selection`] says which objects of a cluster a Backup or a Restore is about. Nothing serves these kinds yet.
 //! * It knows no chunks: whatever needs a repository is a job that an agent runs.
 
 pub mod api;
@@ -26,6 +27,7 @@ pub mod places;
 pub mod repositories;
 pub mod rooms;
 pub mod run;
+pub mod selection;
 pub mod telemetry;
 pub mod text;
 pub mod volumes;
