@@ -374,7 +374,11 @@ fn a_signal_ends_every_command_while_a_store_does_not_answer() {
 fn a_signal_ends_a_backup_while_its_source_does_not_answer() {
     let site = site();
     for name in ["file", "large"] {
-        let leased = Leased::take(&site.path("source").join(name));
+        // What has not changed would not be opened.
+        let path = site.path("source").join(name);
+        let size = fs::metadata(&path).unwrap().len() as usize;
+        fs::write(&path, noise(9, size + 1)).unwrap();
+        let leased = Leased::take(&path);
         let mut child = site.command(&["backup", "source"]).spawn().unwrap();
         leased.is_wanted();
         ends_by(&mut child, Signal::TERM, "backup");

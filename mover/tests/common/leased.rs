@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// By which signal the holder is told (asm-generic/fcntl.h).
 const F_SETSIG: i32 = 10;
@@ -23,7 +23,9 @@ impl Leased {
 
     /// Waits until somebody wants the file.
     pub fn is_wanted(&self) {
+        let begun = Instant::now();
         while self.fcntl(libc::F_GETLEASE, 0) == libc::F_WRLCK {
+            assert!(begun.elapsed() < Duration::from_secs(60), "nobody opens the file");
             std::thread::sleep(Duration::from_millis(10));
         }
     }
