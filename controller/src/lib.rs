@@ -11,7 +11,8 @@
 //!   agents say when they connect.
 //! * What to do is decided by pure functions over facts and the time; only the code around them touches the cluster, the
 //!   stores and clocks. [`rooms`] tells how the rooms hang together, and what holds for all of them.
-//! * [`selection`] says which objects of a cluster a Backup or a Restore is about. Nothing serves these kinds yet.
+//! * [`selection`] says which objects of a cluster a Backup or a Restore is about, [`layout`] where they lie in a bucket.
+//!   Nothing serves these kinds yet.
 //! * It knows no chunks: whatever needs a repository is a job that an agent runs.
 
 pub mod api;
@@ -22,6 +23,7 @@ pub mod desk;
 pub mod edge;
 pub mod events;
 pub mod health;
+pub mod layout;
 pub mod metrics;
 pub mod places;
 pub mod repositories;
